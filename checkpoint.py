@@ -1,0 +1,132 @@
+"""Checkpoints: written whole or not at all, verified when read, never trusted to run code.
+
+A checkpoint is an ordinary `torch.save` file, which is a zip archive. Its archive comment, which zip
+readers skip, holds the SHA-256 of all bytes before it, since `torch.load` notices no flipped bit.
+"""
+
+import contextlib
+import hashlib
+import os
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from config import InputError, weights_files
+
+SCHEMA = 1
+_DIGEST_LENGTH = 64  # a SHA-256 in hexadecimal
+
+
+class DamagedCheckpoint(Exception):
+    """The file is not what was written."""
+
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Writes the state beside `path`, flushes it to the disk, then renames it into place.
+
+    A crash at any moment leaves the old file or the new one. Raises InputError where the disk will
+    not take it; nothing is left behind then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save({"schema": SCHEMA, **state}, temporary)
+        _seal(temporary)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
+        raise InputError(f"cannot save {path} ({error}); free some space or mend the folder's permissions, older checkpoints are untouched") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _seal(path: Path) -> None:
+    """Puts the digest into the archive comment: its length in the archive's last two bytes, then the text."""
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        if file.read() != b"\0\0":
+            raise RuntimeError("torch.save wrote an archive comment of its own")
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", _DIGEST_LENGTH))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.write(digest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes the rename itself last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def verify(path: Path) -> None:
+    """Raises DamagedCheckpoint unless the file is byte for byte the one that was written."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = path.stat().st_size - _DIGEST_LENGTH
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+        stored = file.read()
+    if stored != digest.hexdigest().encode():
+        raise DamagedCheckpoint("its checksum does not match: the file is cut short or changed")
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """The verified state. Raises DamagedCheckpoint; InputError for one from a newer version."""
+    path = Path(path)
+    verify(path)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # EOFError, UnpicklingError, RuntimeError …
+        raise DamagedCheckpoint(f"torch cannot read it ({str(error).splitlines()[0]})") from None
+    if state.get("schema", 0) > SCHEMA:
+        raise InputError(f"{path} was written by a newer version of this project; update it")
+    return state
+
+
+def load_newest(run_dir: str | Path, device: torch.device | str = "cpu") -> tuple[Path, dict] | None:
+    """The newest checkpoint that verifies, with its state; None where there is none at all.
+
+    A damaged one is named and passed over. Raises InputError where all are damaged.
+    """
+    files = weights_files(run_dir)
+    for path in reversed(files):
+        try:
+            return path, load_checkpoint(path, device)
+        except DamagedCheckpoint as error:
+            print(f"warning: {path} is passed over: {error}", file=sys.stderr)
+    if files:
+        raise InputError(f"no checkpoint in {run_dir} can be read; restore one, or train afresh with another --run-dir")
+    return None
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Loads a state dict, with or without the prefixes that torch.compile and DistributedDataParallel add."""
+    model.load_state_dict({name.removeprefix("_orig_mod.").removeprefix("module."): w for name, w in weights.items()})
+
+
+def sweep(run_dir: str | Path) -> None:
+    """Removes the temporary files that a killed process left."""
+    for path in Path(run_dir).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def set_aside(files: list[Path]) -> Path | None:
+    """Moves checkpoints into the folder set_aside beside them, never over an older one; says where."""
+    for path in files:
+        folder = path.parent / "set_aside"
+        folder.mkdir(exist_ok=True)
+        free = next(f for i in range(len(files) + 10_000) if not (f := folder / f"{path.stem}{f'_{i}' if i else ''}.pt").exists())
+        os.replace(path, free)
+    return files[0].parent / "set_aside" if files else None
