@@ -9,6 +9,7 @@ import hashlib
 import os
 import struct
 import sys
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -38,7 +39,10 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
-        raise InputError(f"cannot save {path} ({error}); free some space or mend the folder's permissions, older checkpoints are untouched") from None
+        raise InputError(
+            f"cannot save {path} ({error}); free some space or mend the folder's permissions; "
+            "older checkpoints are untouched"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -127,6 +131,6 @@ def set_aside(files: list[Path]) -> Path | None:
     for path in files:
         folder = path.parent / "set_aside"
         folder.mkdir(exist_ok=True)
-        free = next(f for i in range(len(files) + 10_000) if not (f := folder / f"{path.stem}{f'_{i}' if i else ''}.pt").exists())
-        os.replace(path, free)
+        names = (f"{path.stem}{f'_{i}' if i else ''}.pt" for i in count())
+        os.replace(path, next(folder / name for name in names if not (folder / name).exists()))
     return files[0].parent / "set_aside" if files else None

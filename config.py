@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import math
@@ -125,7 +126,7 @@ PRESETS: dict[str, dict] = {
         "adam_beta2": 0.999,
         "clip_norm": 0.0,
     },
-    # The embedded corpus, on a laptop in under two minutes.
+    # The embedded corpus, on a laptop in about a minute.
     "toy": {
         "datasource": "toy",
         "validation_source": "toy:validation",
@@ -134,13 +135,14 @@ PRESETS: dict[str, dict] = {
         "shared_vocab": False,
         "share_embeddings": "target",
         "seq_len": 64,
-        "batch_tokens": 2_048,
+        "batch_tokens": 1_024,
         "d_model": 128,
         "encoder_layers": 2,
         "decoder_layers": 2,
         "num_heads": 4,
-        "d_ff": 512,
-        "num_epochs": 6,
+        "d_ff": 256,
+        "dropout": 0.0,
+        "num_epochs": 4,
         "lr": 3e-3,
         "lr_schedule": "cosine",
         "warmup_steps": 100,
@@ -184,10 +186,12 @@ PRESETS: dict[str, dict] = {
 INVOCATION_FIELDS = ("run_dir", "preload")
 
 # What shapes the weights, the split or the order of the batches, so cannot change when a run goes on.
+# fmt: off
 FIXED_FIELDS = (
-    "lang_src lang_tgt tokenizer vocab_size shared_vocab seq_len batch_tokens batch_size accumulation_steps seed "
-    "d_model encoder_layers decoder_layers num_heads d_ff share_embeddings"
-).split()
+    "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "batch_tokens", "batch_size",
+    "accumulation_steps", "seed", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "share_embeddings",
+)
+# fmt: on
 
 
 def get_config(preset: str = "opus_books", **overrides) -> Config:
@@ -234,7 +238,9 @@ def check_values(config: Config) -> None:
         if not good:
             raise InputError(f"{name} is {getattr(config, name)!r}; {wanted}")
 
-    positive = "d_model encoder_layers decoder_layers num_heads d_ff num_epochs lr accumulation_steps batch_size vocab_size"
+    positive = (
+        "d_model encoder_layers decoder_layers num_heads d_ff num_epochs lr accumulation_steps batch_size vocab_size"
+    )
     for name in positive.split():
         require(0 < getattr(config, name) < math.inf, name, "give a number above 0")
     not_negative = "batch_tokens num_workers max_steps warmup_steps weight_decay clip_norm save_every_steps validation_sentences validation_examples"
@@ -245,13 +251,19 @@ def check_values(config: Config) -> None:
     require(0 < config.validation_fraction < 1, "validation_fraction", "give a number between 0 and 1")
     require(config.seq_len >= 3, "seq_len", "give 3 or more: [SOS], a word, [EOS]")
     require(config.datasource != "", "datasource", "name a source; --preset toy needs none")
-    require(config.d_model % config.num_heads == 0, "d_model", f"give a multiple of num_heads, which is {config.num_heads}")
+    require(
+        config.d_model % config.num_heads == 0, "d_model", f"give a multiple of num_heads, which is {config.num_heads}"
+    )
     require(config.d_model % 2 == 0, "d_model", "give an even number: positions come as sine and cosine pairs")
     for name in ("lang_src", "lang_tgt"):
         safe = re.fullmatch(r"[A-Za-z0-9._-]+", getattr(config, name)) and set(getattr(config, name)) != {"."}
         require(bool(safe), name, "give letters, digits, '.', '_' and '-' only, such as en")
     require(config.lang_src != config.lang_tgt, "lang_tgt", "the same as lang_src; give two languages")
-    require(config.preload in ("latest", "none") or config.preload.isdecimal(), "preload", "give latest, none or an epoch's number")
+    require(
+        config.preload in ("latest", "none") or config.preload.isdecimal(),
+        "preload",
+        "give latest, none or an epoch's number",
+    )
     if config.share_embeddings == "all":
         require(config.shared_vocab, "share_embeddings", "sharing all of them needs --shared-vocab; or use target")
 
@@ -293,7 +305,9 @@ def load_config(run_dir: str | Path) -> Config:
     """Reads the run's config.json."""
     path = Path(run_dir) / "config.json"
     if not path.is_file():
-        raise InputError(f"no run in {str(run_dir)!r}: it has no config.json; train one with python train.py --run-dir {run_dir}")
+        raise InputError(
+            f"no run in {str(run_dir)!r}: it has no config.json; train one with python train.py --run-dir {run_dir}"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf8"))
         reject_unknown(values)
@@ -324,10 +338,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 def parse(target, argv: list[str], **options):
     """`tyro.cli` whose complaints fit one line. `target` is a dataclass or a function, called with the flags."""
+
+    @functools.wraps(target, updated=())
+    def later(*args, **kwargs):  # tyro would call the target before we have looked for unknown flags
+        return functools.partial(target, *args, **kwargs)
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            value, unknown = tyro.cli(target, args=argv, return_unknown_args=True, **options)
+            value, unknown = tyro.cli(
+                target if isinstance(target, type) else later, args=argv, return_unknown_args=True, **options
+            )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -336,7 +357,7 @@ def parse(target, argv: list[str], **options):
         flags = [f"--{name.replace('_', '-')}" for name in typing.get_type_hints(target)]
         kind = "flag" if unknown[0].startswith("-") else "extra argument"
         raise InputError(f"unknown {kind} {unknown[0]}{did_you_mean(unknown[0], flags)}; --help lists the flags")
-    return value
+    return value if isinstance(target, type) else value()
 
 
 def _first_paragraph(box: str) -> str:

@@ -1,18 +1,19 @@
 """Scores of translations: BLEU, chrF, character and word error rates, exact matches.
 
-    python evaluate.py --split test
-    python evaluate.py --source test.en --reference test.it
+python evaluate.py --split test
+python evaluate.py --source test.en --reference test.it
 """
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import sacrebleu
+import tyro
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from config import InputError, parse, run_command
-from dataset import lines_of, load_split
+from dataset import check_aligned, lines_of, load_split
 from translate import Translator
 
 
@@ -36,18 +37,8 @@ def signature(bleu_tokenizer: str = "13a") -> str:
 
 def format_scores(scores: dict[str, float]) -> str:
     names = {"bleu": "BLEU", "chrf": "chrF", "cer": "CER", "wer": "WER", "exact": "exactly right"}
-    return "   ".join(f"{names[key]} {value:.1f}{'%' if key in ('cer', 'wer', 'exact') else ''}" for key, value in scores.items())
-
-
-def read_both(source: str, reference: str) -> tuple[list[str], list[str]]:
-    """The lines of two files that translate each other."""
-    for path in (source, reference):
-        if not Path(path).is_file():
-            raise InputError(f"no file {path!r}; --source and --reference take two aligned text files")
-    sources, references = list(lines_of(source)), list(lines_of(reference))
-    if len(sources) != len(references):
-        raise InputError(f"{source} has {len(sources):,} lines and {reference} has {len(references):,}; line n of one must translate line n of the other")
-    return sources, references
+    unit = {"cer": "%", "wer": "%", "exact": "%"}
+    return "   ".join(f"{names[key]} {value:.1f}{unit.get(key, '')}" for key, value in scores.items())
 
 
 def command(
@@ -57,7 +48,7 @@ def command(
     reference: str = "",
     bleu_tokenizer: Literal["13a", "none", "intl", "char", "zh", "ja-mecab", "ko-mecab"] = "13a",
     device: str = "auto",
-    json_output: bool = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Translates a split, or a file, with a trained run and scores it.
 
@@ -68,13 +59,14 @@ def command(
         reference: the file with its translations
         bleu_tokenizer: sacreBLEU's; none for text that is tokenized already
         device: auto, cuda, mps or cpu
-        json_output: print one JSON object
+        as_json: print one JSON object
     """
     if bool(source) != bool(reference):
         raise InputError("--source and --reference go together; give both, or neither for the run's own split")
     translator = Translator.load(run_dir, device)
     if source:
-        sources, references = read_both(source, reference)
+        check_aligned([Path(source), Path(reference)])
+        sources, references = list(lines_of(source)), list(lines_of(reference))
     else:
         pairs = load_split(translator.config, split)
         sources, references = list(pairs["src"]), list(pairs["tgt"])
@@ -83,10 +75,13 @@ def command(
     predicted = translator.translate(sources, progress=True)
     scores = score(predicted, references, bleu_tokenizer)
     what = source or f"{split} split"
-    if json_output:
-        print(json.dumps({"run": str(translator.config.folder), "of": what, "sentences": len(sources), **scores, "signature": signature(bleu_tokenizer)}))
+    about = {"run": str(translator.config.folder), "of": what, "sentences": len(sources)}
+    if as_json:
+        print(json.dumps({**about, **scores, "signature": signature(bleu_tokenizer)}))
     else:
-        print(f"{translator.config.folder}, {what}, {len(sources):,} sentences\n{format_scores(scores)}\nBLEU signature {signature(bleu_tokenizer)}")
+        print("{run}, {of}, {sentences:,} sentences".format(**about))
+        print(format_scores(scores))
+        print(f"BLEU signature {signature(bleu_tokenizer)}")
 
 
 if __name__ == "__main__":

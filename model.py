@@ -309,7 +309,9 @@ class Transformer(nn.Module):
         """(B, T, D): logits (B, T, V)."""
         return self.projection_layer(x)
 
-    def forward(self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor) -> Tensor:
+    def forward(
+        self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
+    ) -> Tensor:
         """Teacher forcing: logits (B, T, V) of the token after each position of decoder_input."""
         encoder_output = self.encode(encoder_input, encoder_mask)
         return self.project(self.decode(encoder_output, encoder_mask, decoder_input, decoder_mask))
@@ -373,7 +375,9 @@ def build_transformer(
         transformer.projection_layer.proj.weight = transformer.tgt_embed.embedding.weight
     if share_embeddings == "all":
         if src_vocab_size != tgt_vocab_size:
-            raise ValueError(f"sharing all embeddings needs one vocabulary, not {src_vocab_size} and {tgt_vocab_size} tokens")
+            raise ValueError(
+                f"sharing all embeddings needs one vocabulary, not {src_vocab_size} and {tgt_vocab_size} tokens"
+            )
         transformer.src_embed.embedding.weight = transformer.tgt_embed.embedding.weight
     for parameter in transformer.parameters():
         if parameter.dim() > 1:

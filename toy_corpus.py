@@ -153,14 +153,22 @@ in_the_morning | di_mattina | am_Morgen
 
 ANIMALS_CAN = {"eat", "drink", "see", "find", "look_for", "love", "hear", "carry", "sleep", "swim", "work"}
 
-QUESTION_WORDS = {"what": ("what", "che_cosa", "was"), "why": ("why", "perché", "warum"), "when": ("when", "quando", "wann")}
+QUESTION_WORDS = {
+    "what": ("what", "che_cosa", "was"),
+    "why": ("why", "perché", "warum"),
+    "when": ("when", "quando", "wann"),
+}
 
 # Subject pronouns by number: I you he she we they. Italian drops them.
 PRONOUNS = {"en": ("I", "you", "he", "she", "we", "they"), "de": ("ich", "du", "er", "sie", "wir", "sie")}
 PERSON = (0, 1, 2, 2, 3, 4)  # the pronoun's place among the five persons of a conjugation
 # Object pronouns: him her them.
 OBJECTS = {"en": ("him", "her", "them"), "it": ("lo", "la", "li"), "de": ("ihn", "sie", "sie")}
-POSSESSIVES = {"my": ("mio mia miei mie", "mein"), "your": ("tuo tua tuoi tue", "dein"), "our": ("nostro nostra nostri nostre", "unser")}
+POSSESSIVES = {
+    "my": ("mio mia miei mie", "mein"),
+    "your": ("tuo tua tuoi tue", "dein"),
+    "our": ("nostro nostra nostri nostre", "unser"),
+}
 TO_BE = {"en": "am are is are are", "it": "sono sei è siamo sono", "de": "bin bist ist sind sind"}
 
 
@@ -290,7 +298,10 @@ def english(clause: Clause) -> Words:
         before, after = [(TO_BE["en"].split()[clause.person], "be")], [*negation, (clause.predicate.en, "predicate")]
     elif clause.modal:
         forms = clause.modal.en[2 * clause.negated :][:2]
-        modal = [(word, "modal negation" if word == "cannot" else "negation" if word == "not" else "modal") for word in forms[third].split("_")]
+        modal = [
+            (word, "modal negation" if word == "cannot" else "negation" if word == "not" else "modal")
+            for word in forms[third].split("_")
+        ]
         if clause.question and modal[-1][0] == "to":  # want to: do you want to …?
             before, after = [("does" if third else "do", "modal")], _say(clause.modal.en[0], "modal")
         else:

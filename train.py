@@ -7,6 +7,7 @@ optimizer step adds up the gradients of `accumulation_steps` batches; its loss i
 their target tokens divided by the number of those tokens, so padding and batch sizes do not tilt it.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -27,7 +28,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint, load_newest, load_weights, save_checkpoint, set_aside, sweep
-from config import FIXED_FIELDS, Config, InputError, get_weights_file_path, parse_config, run_command, save_config, weights_files
+from config import (
+    FIXED_FIELDS,
+    Config,
+    InputError,
+    get_weights_file_path,
+    parse_config,
+    run_command,
+    save_config,
+    weights_files,
+)
 from dataset import PAD, BilingualDataset, get_ds, make_batches, make_loader, tokenizer_path
 from evaluate import format_scores, score
 from translate import Translator, get_device, get_model
@@ -41,7 +51,9 @@ def token_loss(logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
     With smoothing the target is 1 - smoothing on the label and the rest spread over all V tokens
     (section 5.4; Szegedy et al., 2016, section 7).
     """
-    return F.cross_entropy(logits.flatten(0, 1), label.flatten(), ignore_index=PAD, label_smoothing=smoothing, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1), label.flatten(), ignore_index=PAD, label_smoothing=smoothing, reduction="sum"
+    )
 
 
 def learning_rate(step: int, config: Config, total_steps: int) -> float:
@@ -100,6 +112,13 @@ def run_validation(run: "Run") -> dict[str, float]:
     with (config.folder / "scores.jsonl").open("a", encoding="utf8") as file:
         file.write(json.dumps({**asdict(run.progress), **scores}) + "\n")
     return scores
+
+
+def validated(run: "Run") -> bool:
+    """Whether scores.jsonl has this step's line; a run killed between saving and validating lacks it."""
+    path = run.config.folder / "scores.jsonl"
+    lines = path.read_text(encoding="utf8").splitlines() if path.is_file() else []
+    return any(f'"step": {run.progress.step},' in line for line in lines)
 
 
 # ---------------------------------------------------------------------------- the run
@@ -166,7 +185,7 @@ def choose_precision(config: Config, device: torch.device) -> str:
 
 def start(config: Config) -> Run:
     """Everything up to the first step: checkpoint found, data prepared, model built or restored."""
-    device = get_device(config)
+    device = get_device(config.device)
     check_writable(config.folder)
     sweep(config.folder)
     state, path = choose_checkpoint(config)
@@ -198,15 +217,18 @@ def start(config: Config) -> Run:
 def describe(run: Run) -> None:
     """Says what will be trained on what, before any waiting."""
     config, device = run.config, run.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+    names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: f"{torch.get_num_threads()} threads"}
+    name = names.get(device.type, lambda _: "Apple GPU")(device)
     parameters = sum(p.numel() for p in run.model.parameters())
     sizes = run.translator.tokenizer_src.get_vocab_size(), run.translator.tokenizer_tgt.get_vocab_size()
     print(f"device       {device.type} ({name}), {run.precision}")
     print(f"run          {config.folder}")
-    print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}: {len(run.train):,} pairs to train on, {len(run.validation):,} to validate on")
+    print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
+    print(f"             {len(run.train):,} pairs to train on, {len(run.validation):,} to validate on")
     for part, data in (("training", run.train), ("validation", run.validation)):
         if data.skipped_blank or data.skipped_long:
-            print(f"             left out of {part}: {data.skipped_blank:,} pairs with a blank side, {data.skipped_long:,} with over {config.seq_len} tokens (--seq-len)")
+            print(f"             left out of {part}: {data.skipped_blank:,} pairs with a blank side,", end=" ")
+            print(f"{data.skipped_long:,} with over {config.seq_len} tokens (--seq-len)")
     print(f"model        {parameters:,} parameters, {sizes[0]:,} source and {sizes[1]:,} target tokens")
     print(f"training     {run.total_steps:,} steps, {config.num_epochs} epochs at most")
 
@@ -236,7 +258,9 @@ def save(run: Run, path: str | Path) -> None:
             "rng": rng_state(),
             "config": asdict(config),
             "corpus": corpus_fingerprint(run.train),
-            "tokenizers": [tokenizer_path(config, lang).read_text(encoding="utf8") for lang in (config.lang_src, config.lang_tgt)],
+            "tokenizers": [
+                tokenizer_path(config, lang).read_text(encoding="utf8") for lang in (config.lang_src, config.lang_tgt)
+            ],
         },
     )
     # What was saved within an epoch is superseded by what was saved later.
@@ -259,8 +283,6 @@ def rng_state() -> dict:
 
 def corpus_fingerprint(dataset: BilingualDataset) -> str:
     """Notices a corpus that has changed under a run: the lengths of all its sentences, in order."""
-    import hashlib
-
     lengths = np.stack([dataset.src_lengths, dataset.tgt_lengths])
     return f"{len(dataset)} pairs {hashlib.sha256(lengths.astype(np.int32).tobytes()).hexdigest()[:16]}"
 
@@ -291,15 +313,26 @@ def choose_checkpoint(config: Config) -> tuple[dict | None, Path | None]:
 
 def check_same_run(config: Config, saved: dict, path: Path) -> None:
     """What shapes the weights or the order of the data cannot change within a run."""
-    changed = [f"{name} {saved[name]!r} there, {getattr(config, name)!r} now" for name in FIXED_FIELDS if saved[name] != getattr(config, name)]
+    changed = [
+        f"{name} {saved[name]!r} there, {getattr(config, name)!r} now"
+        for name in FIXED_FIELDS
+        if saved[name] != getattr(config, name)
+    ]
     if changed:
-        raise InputError(f"{path} was trained with other settings: {'; '.join(changed)}; give the old ones, another --run-dir, or --preload none")
+        raise InputError(
+            f"{path} was trained with other settings: {'; '.join(changed)}; "
+            "give the old ones, another --run-dir, or --preload none"
+        )
 
 
 def restore(run: Run, state: dict, path: Path) -> None:
     """Puts a saved state back, to the bit."""
     if state["corpus"] != corpus_fingerprint(run.train):
-        raise InputError(f"the corpus has changed since {path} was saved ({state['corpus'].split()[0]} training pairs then, {len(run.train)} now); restore it, or train in another --run-dir")
+        before = state["corpus"].split()[0]
+        raise InputError(
+            f"the corpus has changed since {path} was saved ({before} training pairs then, {len(run.train)} now); "
+            "restore it, or train in another --run-dir"
+        )
     load_weights(run.model, state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.progress = Progress(**state["progress"])
@@ -323,16 +356,19 @@ def train_step(run: Run, batches: list[dict]) -> tuple[Tensor, Tensor, int]:
     for batch in batches:
         with run.autocast():
             logits = run.model(*run.inputs(batch))
-            loss = token_loss(logits, batch["label"].to(run.device, non_blocking=True), run.config.label_smoothing) / tokens
+            loss = (
+                token_loss(logits, batch["label"].to(run.device, non_blocking=True), run.config.label_smoothing)
+                / tokens
+            )
         loss.backward()
         total += loss.detach()
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if not torch.isfinite(norm + total):
-        sentence = batches[0]["src_text"][0]
         raise InputError(
-            f"loss {total.item():.4g} and gradient norm {norm.item():.4g} at step {run.progress.step}, in the batch that begins {sentence[:60]!r}: "
-            "not finite, so the step was not made; lower --lr or check the data, then run the same command to go on from the last checkpoint"
+            f"loss {total.item():.4g} and gradient norm {norm.item():.4g} at step {run.progress.step}, "
+            f"in the batch that begins {batches[0]['src_text'][0][:60]!r}; the step was not made: "
+            "lower --lr or check the data, then go on from the last checkpoint with the same command"
         )
     if run.config.clip_norm:
         nn.utils.clip_grads_with_norm_(parameters, run.config.clip_norm, norm)
@@ -347,7 +383,9 @@ def train_epoch(run: Run) -> None:
     batches = make_batches(run.train, config, progress.epoch)
     loader = iter(make_loader(run.train, batches[progress.batch :], config.num_workers, run.device.type == "cuda"))
     meter = Meter(run)
-    with tqdm(total=len(batches), initial=progress.batch, unit="batch", desc=f"Epoch {progress.epoch:02d}", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(batches), initial=progress.batch, unit="batch", desc=f"Epoch {progress.epoch:02d}", dynamic_ncols=True
+    ) as bar:
         while group := list(islice(loader, config.accumulation_steps)):
             meter.add(*train_step(run, group))
             progress.batch += len(group)
@@ -412,8 +450,11 @@ def stop_at_step_boundary(run: Run) -> Iterator[None]:
 def train_model(config: Config) -> Run:
     """Trains, or goes on training, the run in `config.folder`."""
     run = start(config)
+    if run.progress.step and run.progress.batch == 0 and not validated(run):
+        run_validation(run)
     if run.done():
-        print(f"nothing left to train: {run.progress.epoch} epochs and {run.progress.step:,} steps are done; raise --num-epochs or --max-steps to go on")
+        done = f"{run.progress.epoch} epochs and {run.progress.step:,} steps are done"
+        print(f"nothing left to train: {done}; raise --num-epochs or --max-steps to go on")
         return run
     run.model.train()
     begun = time.perf_counter()
@@ -444,7 +485,10 @@ def what_next(run: Run) -> None:
 def main(argv: list[str]) -> None:
     run = train_model(parse_config(argv))
     if run.stop_signal:
-        print(f"stopped; the same command goes on from here: python train.py --run-dir {run.config.folder}", file=sys.stderr)
+        print(
+            f"stopped; the same command goes on from here: python train.py --run-dir {run.config.folder}",
+            file=sys.stderr,
+        )
         sys.exit(128 + run.stop_signal)
     what_next(run)
 

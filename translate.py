@@ -1,9 +1,9 @@
 """Translation: search over a step-by-step decoder, a trained run as `Translator`, the command line.
 
-    B  sentences in the batch    N  of them still unfinished    S  source length    V  target vocabulary
+B  sentences in the batch    N  of them still unfinished    S  source length    V  target vocabulary
 
-    python translate.py "I can eat an apple."
-    python translate.py < sentences.en > sentences.it
+python translate.py "I can eat an apple."
+python translate.py < sentences.en > sentences.it
 """
 
 import sys
@@ -82,14 +82,16 @@ def get_model(config: Config, vocab_src_len: int, vocab_tgt_len: int) -> Transfo
     return build_transformer(vocab_src_len, vocab_tgt_len, **config.model_arguments())
 
 
-def get_device(config: Config) -> torch.device:
+def get_device(name: str = "auto") -> torch.device:
     """The device asked for; or CUDA, then Apple's MPS, then the CPU."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if config.device == "auto":
-        return torch.device(next(name for name, is_there in there.items() if is_there))
-    if not there[config.device]:
-        raise InputError(f"no {config.device} device on this machine; use --device auto")
-    return torch.device(config.device)
+    if name == "auto":
+        name = next(candidate for candidate, is_there in there.items() if is_there)
+    if name not in there:
+        raise InputError(f"no device {name!r}; choose one of auto, {', '.join(there)}")
+    if not there[name]:
+        raise InputError(f"no {name} device on this machine; use --device auto")
+    return torch.device(name)
 
 
 class Translator:
@@ -109,20 +111,28 @@ class Translator:
         config = load_config(run_dir or newest_run())
         found = load_newest(config.folder)
         if found is None:
-            raise InputError(f"the run {config.folder} has no checkpoint yet; train it with python train.py --run-dir {config.folder}")
+            raise InputError(
+                f"the run {config.folder} has no checkpoint yet; "
+                f"train it with python train.py --run-dir {config.folder}"
+            )
         tokenizers = [load_tokenizer(tokenizer_path(config, lang)) for lang in (config.lang_src, config.lang_tgt)]
         model = get_model(config, *(t.get_vocab_size() for t in tokenizers))
         try:
             load_weights(model, found[1]["model"])
         except RuntimeError:
-            raise InputError(f"{found[0]} does not fit the config.json and tokenizers beside it; copy the run's folder again") from None
-        return cls(model.to(get_device(config if device == "auto" else _with_device(config, device))).eval(), config, *tokenizers)
+            raise InputError(
+                f"{found[0]} does not fit the config.json and tokenizers beside it; copy the run's folder again"
+            ) from None
+        return cls(model.to(get_device(device)).eval(), config, *tokenizers)
 
     def encode(self, sentence: str) -> list[int]:
         """Ids with [SOS] and [EOS]. Raises InputError past the model's seq_len."""
         ids = [SOS, *self.tokenizer_src.encode(sentence).ids, EOS]
         if len(ids) > self.config.seq_len:
-            raise InputError(f"a sentence of {len(ids)} tokens is longer than the {self.config.seq_len} (seq_len) this run can read; split it: {sentence[:40]!r}…")
+            raise InputError(
+                f"a sentence of {len(ids)} tokens is longer than the {self.config.seq_len} (seq_len) "
+                f"this run can read; split it: {sentence[:40]!r}…"
+            )
         return ids
 
     def translate(self, sentences: list[str], batch_tokens: int = 4_096, progress: bool = False) -> list[str]:
@@ -152,10 +162,6 @@ class Translator:
         """The words of a sentence that the run's vocabulary does not have."""
         encoding = self.tokenizer_src.encode(sentence)
         return [sentence[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == UNK]
-
-
-def _with_device(config: Config, device: str) -> Config:
-    return Config(**{**vars(config), "device": device})
 
 
 def translate(sentence: str, run_dir: str = "") -> str:

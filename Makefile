@@ -1,0 +1,26 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/run  ## train the embedded corpus, score it, translate
+	$(BIN)/python train.py --preset toy
+	$(BIN)/python evaluate.py --run-dir weights/toy.en-it --split test
+	$(BIN)/python translate.py --run-dir weights/toy.en-it "I can eat an apple."
+
+test: .venv/dev  ## linters and the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+.venv/run: requirements.txt  ## the virtual environment with what running takes
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:  ## remove the environment and caches; runs in weights/ stay
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__

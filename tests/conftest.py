@@ -1,0 +1,65 @@
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# Caches of the tests' own, and a Hub that nobody answers at, so that no test depends on a network.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from config import Config, get_config  # noqa: E402
+from model import Transformer, build_transformer  # noqa: E402
+from toy_corpus import toy_pairs  # noqa: E402
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    """400 toy pairs as a .tsv."""
+    path = tmp_path / "pairs.tsv"
+    pairs = toy_pairs("en", "it", "train")[:400]
+    path.write_text("".join(f"{p.src_text}\t{p.tgt_text}\n" for p in pairs), encoding="utf8")
+    return path
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, pairs_file: Path) -> Config:
+    """A run that takes a second: 360 pairs, one small layer, dropout on."""
+    return get_config(
+        "toy",
+        run_dir=str(tmp_path / "run"),
+        datasource=str(pairs_file),
+        validation_source="",
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        num_heads=2,
+        d_ff=64,
+        dropout=0.1,
+        num_epochs=2,
+        batch_tokens=512,
+        warmup_steps=5,
+        validation_sentences=8,
+        validation_examples=1,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def tiny_model() -> Transformer:
+    torch.manual_seed(0)
+    return build_transformer(50, 60, 40, 40, d_model=32, N=3, h=4, dropout=0.1, d_ff=64, decoder_N=2).eval()
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory) -> Path:
+    """One epoch of the real thing on the toy corpus, shared by the tests that need a run."""
+    from train import train_model
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train_model(get_config("toy", run_dir=str(folder), num_epochs=1, validation_sentences=50, device="cpu"))
+    return folder

@@ -1,0 +1,137 @@
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import config as c
+from config import PRESETS, Config, InputError, get_config, parse, parse_config
+
+
+def test_every_preset_is_valid_and_differs_from_the_defaults():
+    assert set(PRESETS) == {"opus_books", "tutorial", "toy", "multi30k", "wmt14"}
+    for name in PRESETS:
+        assert get_config(name).preset == name
+
+
+def test_every_field_has_a_comment():
+    lines = (ROOT / "config.py").read_text(encoding="utf8").splitlines()
+    for field in dataclasses.fields(Config):
+        (line,) = [line for line in lines if line.startswith(f"    {field.name}: ")]
+        assert "  # " in line, field.name
+
+
+def test_flags_override_the_preset():
+    config = parse_config(["--preset", "toy", "--d-model=64", "--num_heads", "2"])
+    assert (config.preset, config.d_model, config.num_heads) == ("toy", 64, 2)
+    assert config.num_epochs == get_config("toy").num_epochs
+
+
+def test_the_run_folder_follows_corpus_and_languages_unless_given():
+    assert str(parse_config(["--lang-tgt", "de"]).folder) == os.path.join("weights", "opus_books.en-de")
+    assert get_config(datasource="../my data/train.tsv").folder.name == "train.en-it"
+    assert str(get_config(run_dir="elsewhere").folder) == "elsewhere"
+
+
+def test_a_run_folder_brings_its_own_config(tmp_path):
+    c.save_config(get_config("toy", run_dir=str(tmp_path), d_ff=96))
+    config = parse_config(["--run-dir", str(tmp_path), "--num-epochs", "9"])
+    assert (config.preset, config.d_ff, config.num_epochs, config.run_dir) == ("toy", 96, 9, str(tmp_path))
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert c.load_config(moved).folder == moved
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"d_modell": 8}, ["d_modell", "did you mean d_model?"]),
+        ({"d_model": "8"}, ["d_model", "'8'", "int"]),
+        ({"d_model": True}, ["d_model", "True"]),
+        ({"d_model": 30}, ["d_model is 30", "num_heads", "8"]),
+        ({"dropout": 1.0}, ["dropout", "1.0"]),
+        ({"lr": float("nan")}, ["lr", "nan"]),
+        ({"lr": 0}, ["lr", "above 0"]),
+        ({"num_epochs": 0}, ["num_epochs"]),
+        ({"batch_size": -1}, ["batch_size", "-1"]),
+        ({"seq_len": 2}, ["seq_len", "3"]),
+        ({"lr_schedule": "cosin"}, ["lr_schedule", "cosine"]),
+        ({"lang_src": "../en"}, ["lang_src", "../en"]),
+        ({"lang_src": ".."}, ["lang_src"]),
+        ({"lang_tgt": "en"}, ["lang_tgt", "two languages"]),
+        ({"preload": "newest"}, ["preload", "latest"]),
+        ({"shared_vocab": False}, ["share_embeddings", "--shared-vocab"]),
+        ({"datasource": ""}, ["datasource", "toy"]),
+    ],
+)
+def test_bad_values_are_named_in_one_line(values, words):
+    with pytest.raises(InputError) as error:
+        get_config(**values)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--presett", "toy"], ["--presett", "did you mean --preset?"]),
+        (["--preset", "toyy"], ["toyy", "did you mean toy?"]),
+        (["--preset"], ["--preset"]),
+        (["--d-model", "wide"], ["--d-model", "wide"]),
+        (["--lr-schedule", "steps"], ["steps", "cosine"]),
+        (["toy"], ["extra argument toy"]),
+    ],
+)
+def test_bad_flags_are_named_in_one_line(flags, words):
+    with pytest.raises(InputError) as error:
+        parse_config(flags)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_parse_calls_a_function_with_its_flags():
+    def command(run_dir: str = "", count: int = 1) -> tuple:
+        return run_dir, count
+
+    assert parse(command, ["--count", "3"]) == ("", 3)
+    with pytest.raises(InputError, match="did you mean --count"):
+        parse(command, ["--coutn", "3"])
+
+
+def test_checkpoints_sort_as_numbers_and_a_closed_epoch_after_its_own_steps(tmp_path):
+    config = get_config("toy", run_dir=str(tmp_path))
+    assert c.latest_weights_file_path(config) is None
+    names = [
+        "tmodel_02.pt",
+        "tmodel_99.pt",
+        "tmodel_100_step_00000900.pt",
+        "tmodel_100.pt",
+        "tmodel_101_step_00000950.pt",
+    ]
+    for name in [*names[::-1], "tmodel_x.pt", "other.pt", ".tmodel_102.pt.1.tmp"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in c.weights_files(tmp_path)] == names
+    assert c.latest_weights_file_path(config).endswith(names[-1])
+    assert c.get_weights_file_path(config, "7").endswith("tmodel_07.pt")
+
+
+@pytest.mark.parametrize("content", ["{", '{"d_modell": 3}', '{"d_model": "3"}', "[1]"])
+def test_a_spoilt_config_file_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        c.load_config(tmp_path)
+
+
+@pytest.mark.parametrize("script", ["train.py", "translate.py", "evaluate.py"])
+def test_help_and_a_bad_flag_from_the_shell(script):
+    run = [sys.executable, str(ROOT / script)]
+    good = subprocess.run([*run, "--help"], capture_output=True, text=True)
+    assert good.returncode == 0
+    assert "--run-dir" in good.stdout
+    bad = subprocess.run([*run, "--run-dirr", "x"], capture_output=True, text=True)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.count("\n") == 1
+    assert "did you mean --run-dir?" in bad.stderr

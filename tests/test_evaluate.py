@@ -1,0 +1,52 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from config import InputError
+from evaluate import command, score, signature
+
+
+def test_perfect_and_wrong_translations():
+    references = ["the small cat sleeps now", "we eat two red apples"]
+    perfect = score(references, references)
+    assert perfect == pytest.approx({"bleu": 100, "chrf": 100, "cer": 0, "wer": 0, "exact": 100})
+    half = score([references[0], "we eat two red pears"], references)
+    assert half["exact"] == 50
+    assert half["wer"] == pytest.approx(10)
+    assert half["bleu"] < 100
+
+
+def test_the_signature_names_the_tokenizer():
+    assert "tok:13a" in signature()
+    assert "tok:none" in signature("none")
+
+
+def test_a_split_and_two_files(trained_run, tmp_path):
+    (tmp_path / "a.en").write_text("She sleeps.\nHe sleeps.\n")
+    (tmp_path / "a.it").write_text("Dorme.\nDorme.\n")
+    run = [sys.executable, str(ROOT / "evaluate.py"), "--run-dir", str(trained_run), "--json"]
+    done = subprocess.run(
+        [*run, "--source", "a.en", "--reference", "a.it"], capture_output=True, text=True, cwd=tmp_path
+    )
+    found = json.loads(done.stdout)
+    assert found["sentences"] == 2
+    assert {"bleu", "chrf", "cer", "wer", "exact", "signature"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"source": "a.en"}, "--reference"),
+        ({"source": "a.en", "reference": "none.it"}, "none.it"),
+        ({"source": "a.en", "reference": "b.it"}, "2 lines and b.it has 1"),
+    ],
+)
+def test_bad_input(trained_run, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.en").write_text("1\n2\n")
+    (tmp_path / "b.it").write_text("1\n")
+    with pytest.raises(InputError, match=words):
+        command(run_dir=str(trained_run), **flags)

@@ -1,0 +1,174 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dataset import PAD, padding_mask
+from model import MultiHeadAttentionBlock, PositionalEncoding, build_transformer, causal_mask
+
+
+def example(B: int = 3, S: int = 9, T: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randint(4, 50, (B, S)), torch.randint(4, 50, (B, T))
+
+
+def logits(model: nn.Module, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return model(source, target, padding_mask(source), padding_mask(target) & causal_mask(target.size(1)))
+
+
+def test_shapes_and_scores(tiny_model):
+    source, target = example()
+    with tiny_model.recording():
+        assert logits(tiny_model, source, target).shape == (3, 7, 60)
+        shapes = {
+            kind: [b.attention_scores.shape for b in blocks] for kind, blocks in tiny_model.attention_blocks().items()
+        }
+        for blocks in tiny_model.attention_blocks().values():
+            for block in blocks:
+                assert torch.allclose(block.attention_scores.sum(-1), torch.ones(()), atol=1e-6)
+    assert shapes == {"encoder": [(3, 4, 9, 9)] * 3, "decoder": [(3, 4, 7, 7)] * 2, "cross": [(3, 4, 7, 9)] * 2}
+    logits(tiny_model, source, target)
+    for blocks in tiny_model.attention_blocks().values():
+        assert all(block.attention_scores is None for block in blocks)
+
+
+def test_written_out_attention_equals_the_fused_kernel(tiny_model, monkeypatch):
+    source, target = example()
+    source[1, 5:], target[2, 3:] = PAD, PAD
+    monkeypatch.setattr(MultiHeadAttentionBlock, "written_out_is_faster", staticmethod(lambda q, k: False))
+    fused = logits(tiny_model, source, target)
+    with tiny_model.recording():
+        written = logits(tiny_model, source, target)
+    assert torch.allclose(fused, written, atol=1e-5)
+    monkeypatch.setattr(MultiHeadAttentionBlock, "written_out_is_faster", staticmethod(lambda q, k: True))
+    assert torch.allclose(fused, logits(tiny_model, source, target), atol=1e-5)
+
+
+def test_scores_are_kept_before_dropout():
+    block = MultiHeadAttentionBlock(16, 2, dropout=0.9).train()
+    block.record = True
+    x = torch.randn(2, 5, 16)
+    block(x, x, x, None)
+    assert torch.allclose(block.attention_scores.sum(-1), torch.ones(()), atol=1e-6)
+
+
+def test_an_intervention_takes_the_place_of_the_scores():
+    block = MultiHeadAttentionBlock(16, 2, dropout=0.0)
+    x = torch.randn(2, 5, 16)
+    plain = block(x, x, x, None)
+    block.intervene = lambda scores: scores
+    assert torch.allclose(plain, block(x, x, x, None), atol=1e-6)
+    block.intervene = lambda scores: torch.full_like(scores, 1 / 5)
+    mean = block.w_v(x).mean(1, keepdim=True).expand_as(x)
+    assert torch.allclose(block(x, x, x, None), block.w_o(mean), atol=1e-5)
+
+
+def test_padding_changes_nothing(tiny_model):
+    source, target = example()
+    padded_source = torch.cat([source, torch.full((3, 4), PAD)], 1)
+    padded_target = torch.cat([target, torch.full((3, 2), PAD)], 1)
+    padded = logits(tiny_model, padded_source, padded_target)[:, :7]
+    assert torch.allclose(logits(tiny_model, source, target), padded, atol=1e-5)
+
+
+def test_the_decoder_is_causal_and_the_encoder_sees_both_ways(tiny_model):
+    source, target = example()
+    before = logits(tiny_model, source, target)
+    target[:, 4] = (target[:, 4] + 1) % 46 + 4
+    after = logits(tiny_model, source, target)
+    assert torch.allclose(before[:, :4], after[:, :4], atol=1e-6)
+    assert not torch.allclose(before[:, 4:], after[:, 4:], atol=1e-3)
+    source[:, -1] = (source[:, -1] + 1) % 46 + 4
+    assert not torch.allclose(after[:, 0], logits(tiny_model, source, target)[:, 0], atol=1e-3)
+
+
+def test_masked_positions_get_no_attention(tiny_model):
+    source, target = example()
+    source[1, 5:] = PAD
+    with tiny_model.recording():
+        logits(tiny_model, source, target)
+        blocks = tiny_model.attention_blocks()
+        assert (blocks["cross"][0].attention_scores[1, :, :, 5:] == 0).all()
+        assert (blocks["encoder"][0].attention_scores[1, :, :, 5:] == 0).all()
+        assert not blocks["decoder"][1].attention_scores.triu(1).any()
+
+
+def test_decoding_with_a_cache_equals_decoding_at_once(tiny_model):
+    source, target = example()
+    source[1, 5:] = PAD
+    mask = padding_mask(source)
+    encoder_output = tiny_model.encode(source, mask)
+    whole = tiny_model.decode(encoder_output, mask, target, causal_mask(7))
+    caches = tiny_model.new_caches(capacity=10)
+    steps = [tiny_model.decode(encoder_output, mask, target[:, t : t + 1], None, caches) for t in range(7)]
+    assert torch.allclose(whole, torch.cat(steps, 1), atol=1e-5)
+
+
+def test_a_cache_keeps_the_rows_selected(tiny_model):
+    source, target = example()
+    mask = padding_mask(source)
+    encoder_output = tiny_model.encode(source, mask)
+    whole = tiny_model.decode(encoder_output, mask, target, causal_mask(7))
+    caches = tiny_model.new_caches(capacity=7)
+    for t in range(4):
+        tiny_model.decode(encoder_output, mask, target[:, t : t + 1], None, caches)
+    rows = torch.tensor([2, 0])
+    for pair in caches:
+        for cache in pair:
+            cache.select(rows)
+    step = tiny_model.decode(encoder_output[rows], mask[rows], target[rows, 4:5], None, caches)
+    assert torch.allclose(whole[rows, 4:5], step, atol=1e-5)
+
+
+def test_positions_are_the_papers_sines():
+    pe = PositionalEncoding(d_model=8, seq_len=20, dropout=0.0).pe
+    for position, i in [(0, 0), (3, 0), (7, 2), (19, 3)]:
+        angle = position / 10_000 ** (2 * i / 8)
+        assert pe[position, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
+        assert pe[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+def test_a_sentence_past_the_positions_is_refused(tiny_model):
+    source, target = example(S=41)
+    with pytest.raises(ValueError, match="41 tokens are more than the 40 positions"):
+        logits(tiny_model, source, target)
+
+
+@pytest.mark.parametrize("share", ["none", "target", "all"])
+def test_sharing_makes_one_matrix(share):
+    model = build_transformer(50, 50, 10, 10, d_model=16, N=1, h=2, share_embeddings=share)
+    source, target, projection = (
+        model.src_embed.embedding.weight,
+        model.tgt_embed.embedding.weight,
+        model.projection_layer.proj.weight,
+    )
+    assert (target is projection) == (share in ("target", "all"))
+    assert (source is target) == (share == "all")
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="one vocabulary, not 50 and 60"):
+        build_transformer(50, 60, 10, 10, d_model=16, N=1, h=2, share_embeddings="all")
+    with pytest.raises(ValueError, match="not divisible by the 3 heads"):
+        build_transformer(50, 50, 10, 10, d_model=16, N=1, h=3)
+
+
+def test_matrices_start_xavier_uniform():
+    model = build_transformer(50, 50, 10, 10, d_model=64, N=1, h=2)
+    weight = model.encoder.layers[0].feed_forward_block.linear_1.weight
+    bound = math.sqrt(6 / (weight.size(0) + weight.size(1)))
+    assert 0.95 * bound < weight.abs().max() <= bound
+
+
+def test_weights_have_the_tutorials_names():
+    names = set(build_transformer(50, 50, 10, 10, d_model=16, N=1, h=2).state_dict())
+    for name in [
+        "src_embed.embedding.weight",
+        "encoder.layers.0.self_attention_block.w_q.weight",
+        "decoder.layers.0.cross_attention_block.w_o.weight",
+        "decoder.layers.0.feed_forward_block.linear_1.weight",
+        "decoder.layers.0.residual_connections.2.norm.weight",
+        "projection_layer.proj.weight",
+    ]:
+        assert name in names

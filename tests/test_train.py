@@ -1,0 +1,284 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train as t
+from checkpoint import load_checkpoint
+from config import Config, InputError, get_config, weights_files
+from dataset import PAD
+from train import learning_rate, token_loss, train_model
+
+
+def test_loss_is_smoothed_cross_entropy_summed_over_tokens_without_padding():
+    torch.manual_seed(0)
+    logits, label = torch.randn(2, 3, 10), torch.tensor([[4, 5, PAD], [6, PAD, PAD]])
+    log_p, eps = logits.log_softmax(-1), 0.1
+    by_hand = -sum(
+        (1 - eps) * log_p[b, i, label[b, i]] + eps / 10 * log_p[b, i].sum() for b, i in [(0, 0), (0, 1), (1, 0)]
+    )
+    assert torch.allclose(token_loss(logits, label, eps), by_hand)
+
+
+def test_learning_rates():
+    config = get_config("toy", lr=1.0, warmup_steps=10, lr_schedule="inverse_sqrt")
+    rates = [learning_rate(step, config, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == pytest.approx(1.0)
+    assert rates[39] == pytest.approx(0.5)
+    cosine = replace(config, lr_schedule="cosine")
+    assert learning_rate(10, cosine, 100) == pytest.approx(1.0)
+    assert learning_rate(55, cosine, 100) == pytest.approx(0.5)
+    assert learning_rate(100, cosine, 100) == pytest.approx(0.0)
+    flat = replace(config, lr_schedule="constant", warmup_steps=0)
+    assert {learning_rate(step, flat, 100) for step in (0, 50, 1000)} == {1.0}
+
+
+def test_one_epoch_of_the_toy_corpus_translates_held_out_pairings(trained_run):
+    """The real thing, end to end; the floor is far below what one epoch reaches (about 90)."""
+    (scores,) = [json.loads(line) for line in (trained_run / "scores.jsonl").read_text().splitlines()]
+    assert scores["bleu"] > 50
+    assert scores["loss"] < 1
+    names = {path.name for path in trained_run.iterdir()}
+    assert names == {
+        "config.json",
+        "scores.jsonl",
+        "tensorboard",
+        "tmodel_00.pt",
+        "tokenizer_en.json",
+        "tokenizer_it.json",
+    }
+
+
+def test_tensorboard_has_every_curve(trained_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained_run / "tensorboard"))
+    events.Reload()
+    curves = {"train/loss", "train/lr", "train/tokens_per_second", "train/gradient_norm"}
+    curves |= {f"validation/{name}" for name in ("loss", "bleu", "chrf", "cer", "wer", "exact")}
+    assert curves <= set(events.Tags()["scalars"])
+    assert "validation/samples/text_summary" in events.Tags()["tensors"]
+
+
+def test_a_handful_of_pairs_is_learnt_by_heart(tmp_path, pairs_file):
+    """Loss comes near the floor that label smoothing leaves."""
+    lines = pairs_file.read_text(encoding="utf8").splitlines(keepends=True)[:12]
+    (tmp_path / "few.tsv").write_text("".join(lines), encoding="utf8")
+    few = str(tmp_path / "few.tsv")
+    model = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "tokenizer": "bpe", "vocab_size": 400}
+    steps = {"num_epochs": 120, "warmup_steps": 20, "lr": 5e-3, "batch_tokens": 4096, "device": "cpu"}
+    config = get_config("toy", run_dir=str(tmp_path / "run"), datasource=few, validation_source=few, **model, **steps)
+    run = t.start(config)
+    batch = run.train[list(range(12))]
+    losses = []
+    for step in range(run.total_steps):
+        run.progress.step = step
+        losses.append(t.train_step(run, [batch])[0].item())
+    V = run.translator.tokenizer_tgt.get_vocab_size()
+    eps = config.label_smoothing
+    floor = -((1 - eps + eps / V) * math.log(1 - eps + eps / V) + (V - 1) * eps / V * math.log(eps / V))
+    assert floor - 1e-3 < losses[-1] < floor + 0.1 < losses[0]
+    run.model.eval()
+    assert run.translator.translate(batch["src_text"]) == batch["tgt_text"]
+
+
+def test_accumulated_batches_make_the_same_step_as_one(tiny_config):
+    """Loss a token over the whole step: cutting a batch in unequal parts changes nothing."""
+    run = t.start(replace(tiny_config, dropout=0.0))
+    weights = {name: w.clone() for name, w in run.model.state_dict().items()}
+    steps = []
+    for parts in ([list(range(12))], [list(range(2)), list(range(2, 12))]):
+        run.model.load_state_dict(weights)
+        run.optimizer = t.make_optimizer(run.model, run.config, run.device)
+        loss, norm, tokens = t.train_step(run, [run.train[part] for part in parts])
+        steps.append((loss.item(), norm.item(), tokens))
+    assert steps[0] == pytest.approx(steps[1], rel=1e-4)
+
+
+def weights_of(path: Path) -> dict:
+    return load_checkpoint(path)
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def final_state(config: Config) -> dict:
+    state = load_checkpoint(weights_files(config.folder)[-1])
+    return {name: state[name] for name in ("model", "optimizer", "progress", "rng")}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_interrupted_anywhere_ends_bit_identical(tiny_config, tmp_path, accumulation):
+    whole = replace(tiny_config, run_dir=str(tmp_path / "whole"), accumulation_steps=accumulation)
+    train_model(whole)
+    broken = replace(whole, run_dir=str(tmp_path / "broken"))
+    for max_steps in (3, 5, 9):  # in mid-epoch, more than once
+        train_model(replace(broken, max_steps=max_steps, lr_schedule="constant"))
+    # A schedule that does not depend on max_steps for both, then to the end.
+    train_model(replace(broken, run_dir=str(tmp_path / "reference"), lr_schedule="constant"))
+    train_model(replace(broken, lr_schedule="constant"))
+    assert same(final_state(broken), final_state(replace(broken, run_dir=str(tmp_path / "reference"))))
+    assert not same(final_state(broken)["model"], final_state(whole)["model"])  # the comparison can fail
+
+
+def test_going_on_from_an_epoch_gives_the_same_next_epoch(tiny_config, tmp_path):
+    train_model(tiny_config)
+    end = final_state(tiny_config)
+    train_model(replace(tiny_config, preload="0"))
+    assert same(end, final_state(tiny_config))
+    assert (tiny_config.folder / "set_aside" / "tmodel_01.pt").exists()
+
+
+@pytest.mark.parametrize("field", ["model", "optimizer", "progress", "rng"])
+def test_every_part_of_the_state_is_needed(tiny_config, tmp_path, field, monkeypatch):
+    """Going on without one part must end elsewhere, else the tests above would prove nothing."""
+    config = replace(tiny_config, lr_schedule="constant")
+    train_model(config)
+    end = final_state(config)
+    restore = t.restore
+
+    def without(run, state, path):
+        fresh = {
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "progress": {"epoch": state["progress"]["epoch"], "batch": 1, "step": 0},
+            "rng": t.rng_state(),
+        }
+        restore(run, {**state, field: fresh[field]}, path)
+
+    monkeypatch.setattr(t, "restore", without)
+    train_model(replace(config, preload="0"))
+    assert not same(end, final_state(config))
+
+
+def test_saving_within_an_epoch_leaves_the_newest_alone(tiny_config, monkeypatch):
+    seen = []
+    save = t.save
+    monkeypatch.setattr(
+        t, "save", lambda run, path: (save(run, path), seen.append([p.name for p in weights_files(run.config.folder)]))
+    )
+    train_model(replace(tiny_config, save_every_steps=3, num_epochs=1))
+    assert seen[0] == ["tmodel_00_step_00000003.pt"]
+    assert all(len(names) == 1 for names in seen)
+    assert seen[-1] == ["tmodel_00.pt"]
+
+
+def test_a_finished_run_says_so(tiny_config, capsys):
+    train_model(tiny_config)
+    before = {p: p.stat().st_mtime_ns for p in weights_files(tiny_config.folder)}
+    train_model(tiny_config)
+    assert "nothing left to train: 2 epochs" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in weights_files(tiny_config.folder)}
+
+
+def test_a_run_killed_before_its_validation_validates_first(tiny_config):
+    train_model(tiny_config)
+    scores = tiny_config.folder / "scores.jsonl"
+    lines = scores.read_text().splitlines()
+    scores.write_text(lines[0] + "\n")
+    train_model(tiny_config)
+    assert scores.read_text().splitlines() == lines
+
+
+def test_settings_that_cannot_change_are_listed(tiny_config):
+    train_model(tiny_config)
+    with pytest.raises(InputError, match=r"d_ff 64 there, 96 now; seq_len|seq_len.*d_ff 64 there, 96 now"):
+        train_model(replace(tiny_config, d_ff=96, seq_len=32))
+    with pytest.raises(InputError, match=r"tmodel_07\.pt; there are tmodel_00\.pt, tmodel_01\.pt"):
+        train_model(replace(tiny_config, preload="7"))
+
+
+def test_a_changed_corpus_is_noticed(tiny_config):
+    train_model(tiny_config)
+    path = Path(tiny_config.datasource)
+    path.write_text("".join(path.read_text(encoding="utf8").splitlines(keepends=True)[:-20]), encoding="utf8")
+    with pytest.raises(InputError, match="the corpus has changed since"):
+        train_model(replace(tiny_config, num_epochs=3))
+
+
+def test_training_afresh_sets_the_old_run_aside(tiny_config, capsys):
+    train_model(tiny_config)
+    train_model(replace(tiny_config, preload="none", d_ff=96, num_epochs=1))
+    assert "2 checkpoints of an earlier run were moved" in capsys.readouterr().out
+    assert [p.name for p in weights_files(tiny_config.folder)] == ["tmodel_00.pt"]
+    assert len(list((tiny_config.folder / "set_aside").iterdir())) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_config):
+    run = t.start(tiny_config)
+    batch = run.train[[0, 1]]
+    with torch.no_grad():
+        run.model.encoder.norm.weight[0] = float("inf")
+    before = {name: w.clone() for name, w in run.model.state_dict().items()}
+    with pytest.raises(InputError, match=r"the step was not made"):
+        t.train_step(run, [batch])
+    assert all(torch.equal(w, before[name]) for name, w in run.model.state_dict().items())
+
+
+@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_named(tiny_config):
+    tiny_config.folder.mkdir()
+    tiny_config.folder.chmod(0o500)
+    with pytest.raises(InputError, match="cannot write into"):
+        train_model(tiny_config)
+
+
+def flags(config: Config) -> list[str]:
+    values = {f"--{k.replace('_', '-')}": v for k, v in vars(config).items() if not isinstance(v, bool)}
+    sharing = "--shared-vocab" if config.shared_vocab else "--no-shared-vocab"
+    return [word for flag, value in values.items() for word in (flag, str(value))] + [sharing]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(tiny_config, tmp_path, number):
+    config = replace(tiny_config, num_epochs=60)
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *flags(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while "Epoch 00" not in process.stderr.readline():
+        pass
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "saving after this step" in errors
+    state = load_checkpoint(weights_files(config.folder)[-1])
+    step = state["progress"]["step"]
+    assert step > 0
+    again = subprocess.run([*command, "--max-steps", str(step + 1)], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"step {step:,}" in again.stdout
+    assert "python translate.py --run-dir" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--datasource", "none.tsv"], "no file none.tsv"),
+        ([], "Helsinki-NLP/opus_books"),
+        (["--preset", "toy", "--d-model", "100", "--num-heads", "8"], "d_model is 100; give a multiple of num_heads"),
+        (["--preset", "toy", "--lang-tgt", "fr"], "no language 'fr'; it has en, it, de"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_run(tmp_path, arguments, words):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.rglob("*.*"))

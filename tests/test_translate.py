@@ -1,0 +1,146 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from checkpoint import load_newest
+from config import InputError
+from dataset import EOS, PAD, SOS, padding_mask
+from model import causal_mask
+from translate import CachedDecoder, Translator, get_device, greedy_decode, translate, translate_lines
+
+SENTENCES = [
+    "I can eat an apple.",
+    "She sleeps.",
+    "",
+    "Do they see the old horse every day?",
+    "  ",
+    "I can eat an apple.",
+]
+
+
+@pytest.fixture(scope="module")
+def translator(trained_run) -> Translator:
+    return Translator.load(trained_run, "cpu")
+
+
+class Script:
+    """A StepDecoder that writes down fixed sentences, one logit a token."""
+
+    def __init__(self, sentences: list[list[int]]):
+        self.rows = [[*ids, EOS] for ids in sentences]
+        self.t, self.asked = 0, []
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        self.asked.append(ids.tolist())
+        following = [row[self.t] if self.t < len(row) else PAD for row in self.rows]
+        self.t += 1
+        return torch.nn.functional.one_hot(torch.tensor(following), 20).float()
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.rows = [self.rows[i] for i in rows]
+
+
+def test_greedy_search_stops_each_sentence_at_its_end_or_limit():
+    sentences = [[5, 6], [], [7] * 11, [8] * 30]
+    script = Script(sentences)
+    assert greedy_decode(script, torch.tensor([20, 20, 20, 13])) == [[5, 6], [], [7] * 11, [8] * 13]
+    assert script.asked[0] == [SOS] * 4
+    assert [len(ids) for ids in script.asked] == [4] * 4 + [2] * 12  # two had finished when it looked
+
+
+@torch.inference_mode()
+def test_search_with_a_cache_equals_the_plain_loop(translator):
+    """The slow way: the whole target through the decoder for every new token, a sentence at a time."""
+    model = translator.model
+    for sentence in SENTENCES[:2]:
+        ids = translator.encode(sentence)
+        source = torch.tensor([ids])
+        target = torch.tensor([[SOS]])
+        while target[0, -1] != EOS and target.size(1) <= 2 * len(ids) + 10:
+            out = model(source, target, padding_mask(source), causal_mask(target.size(1)))
+            target = torch.cat([target, out[:, -1:].argmax(-1)], 1)
+        slow = [i for i in target[0].tolist() if i not in (SOS, EOS)]
+        assert translator.search([ids])[0] == slow
+
+
+@torch.inference_mode()
+def test_a_batch_gives_what_each_sentence_gives_alone(translator):
+    together = translator.translate(SENTENCES)
+    assert together == [translator.translate([s])[0] for s in SENTENCES]
+    assert together[2] == together[4] == ""
+    assert together[0] == together[5] != together[1]
+    assert together == translator.translate(SENTENCES, batch_tokens=1)
+
+
+def test_the_encoder_runs_once(translator, monkeypatch):
+    calls = []
+    encode = translator.model.encode
+    monkeypatch.setattr(translator.model, "encode", lambda *a: calls.append(1) or encode(*a))
+    decoder = CachedDecoder(translator.model, torch.tensor([translator.encode("She sleeps.")]), 20)
+    greedy_decode(decoder, torch.tensor([20]))
+    assert len(calls) == 1
+
+
+def test_a_run_is_loaded_in_one_call_wherever_it_stands(trained_run, translator, tmp_path, monkeypatch):
+    weights = load_newest(trained_run)[1]["model"]
+    assert all(torch.equal(w, weights[name]) for name, w in translator.model.state_dict().items())
+    moved = tmp_path / "weights" / "moved"
+    moved.parent.mkdir()
+    subprocess.run(["cp", "-r", str(trained_run), str(moved)], check=True)
+    monkeypatch.chdir(tmp_path)
+    assert (
+        translate(SENTENCES[0]) == translate(SENTENCES[0], run_dir=str(moved)) == translator.translate(SENTENCES[:1])[0]
+    )
+
+
+def test_unknown_words_and_overlong_sentences_are_said(translator, capsys):
+    assert translator.unknown_words("I can eat a pizza with Bob.") == ["pizza", "with", "Bob"]
+    long = "I " * 100
+    with pytest.raises(InputError, match="102 tokens is longer than the 64"):
+        translator.translate([long])
+    lines = list(translate_lines(translator, iter(["She sleeps.", long, "He sleeps."]), at_once=2))
+    assert (lines[0] != "", lines[1], lines[2] != "") == (True, "", True)
+    assert "line 2 is left blank" in capsys.readouterr().err
+
+
+def test_devices():
+    assert get_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="tpu"):
+        get_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no cuda device"):
+            get_device("cuda")
+
+
+def shell(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "translate.py"), *arguments], capture_output=True, **options)
+
+
+def test_the_command_line(trained_run, translator, tmp_path):
+    run = ["--run-dir", str(trained_run)]
+    digits = shell(*run, "5")
+    assert digits.returncode == 0
+    assert b"never seen 5" in digits.stderr
+    piped = shell(*run, input="\r\n".join(SENTENCES).encode())
+    assert piped.stdout.decode().splitlines() == translator.translate(SENTENCES)
+    bad = shell(*run, input=b"She sleeps.\n\xff\n")
+    assert (bad.returncode, bad.stderr.count(b"\n")) == (2, 1)
+    assert b"stdin line 2 is not UTF-8" in bad.stderr
+    none = shell("She sleeps.", cwd=tmp_path)
+    assert (none.returncode, none.stdout, none.stderr.count(b"\n")) == (2, b"", 1)
+    assert b"no trained run" in none.stderr
+    missing = shell("--run-dir", "nowhere", "She sleeps.", cwd=tmp_path)
+    assert (missing.returncode, missing.stderr.count(b"\n")) == (2, 1)
+    assert b"nowhere" in missing.stderr
+
+
+def test_a_closed_pipe_is_quiet(trained_run):
+    command = (
+        f'yes "She sleeps." | head -2000 | {sys.executable} {ROOT / "translate.py"} --run-dir {trained_run} | head -1'
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True)
+    assert done.stderr == b""
+    assert done.stdout.count(b"\n") == 1
