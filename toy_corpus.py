@@ -456,23 +456,29 @@ def _join(words: Words) -> str:
 
 
 class Pair(NamedTuple):
-    """A sentence pair. `alignment` holds (source, target) positions into `tokens_of` each text."""
+    """A sentence pair with (source, target) links between positions in `tokens_of` each text.
+
+    `alignment` links every two words that share a role. `sure` (Och and Ney, 2003) is the part with
+    one possible reading: the target word's first role, where a single source word plays it.
+    """
 
     src_text: str
     tgt_text: str
-    alignment: tuple[tuple[int, int], ...]
+    alignment: frozenset[tuple[int, int]]
+    sure: frozenset[tuple[int, int]]
 
 
 def make_pair(clause: Clause, lang_src: str, lang_tgt: str) -> Pair:
     """Says the clause in both languages and aligns the words that share a role."""
     source, target = _SAY[lang_src](clause), _SAY[lang_tgt](clause)
-    alignment = tuple(
-        (i, j)
-        for i, (_, source_roles) in enumerate(source)
-        for j, (_, target_roles) in enumerate(target)
-        if set(source_roles.split()) & set(target_roles.split())
-    )
-    return Pair(_join(source), _join(target), alignment)
+    alignment, sure = set(), set()
+    for j, (_, roles) in enumerate(target):
+        for place, role in enumerate(roles.split()):
+            speakers = [i for i, (_, source_roles) in enumerate(source) if role in source_roles.split()]
+            alignment |= {(i, j) for i in speakers}
+            if place == 0 and len(speakers) == 1:
+                sure.add((speakers[0], j))
+    return Pair(_join(source), _join(target), frozenset(alignment), frozenset(sure))
 
 
 def _random_phrase(rng: random.Random, kinds: tuple[str, ...], negated: bool) -> NounPhrase:

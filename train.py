@@ -234,13 +234,12 @@ def describe(run: Run) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write into {folder} ({error.strerror}); choose another --run-dir") from None
+    """Before any waiting, and without making the folder yet: bad input should leave nothing behind."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file; choose another --run-dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write into {there}; mend its permissions or choose another --run-dir")
 
 
 # ---------------------------------------------------------------------------- saving and going on
