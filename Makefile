@@ -3,10 +3,14 @@ BIN := .venv/bin
 
 .PHONY: demo test clean
 
-demo: .venv/run  ## train the embedded corpus, score it, translate
-	$(BIN)/python train.py --preset toy
-	$(BIN)/python evaluate.py --run-dir weights/toy.en-it --split test
-	$(BIN)/python translate.py --run-dir weights/toy.en-it "I can eat an apple."
+RUN := --run-dir weights/toy.en-it
+SENTENCE := "I can eat an apple."
+
+demo: .venv/run  ## train the embedded corpus, score it on held-out sentences, translate, draw the attention page
+	$(BIN)/python train.py --preset toy $(RUN)
+	$(BIN)/python evaluate.py $(RUN) --split test
+	$(BIN)/python translate.py $(RUN) $(SENTENCE)
+	$(BIN)/python attention.py $(RUN) $(SENTENCE) --html weights/toy.en-it/attention.html
 
 test: .venv/dev  ## linters and the whole test suite
 	$(BIN)/ruff check .

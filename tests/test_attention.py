@@ -1,0 +1,359 @@
+import base64
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import altair as alt
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import attention as a
+import charts
+import tracing as t
+from config import InputError, get_config
+from dataset import SOS, build_bpe_tokenizer, padding_mask
+from model import build_transformer, causal_mask
+from toy_corpus import toy_pairs
+from tracing import KINDS, AttentionTrace, allowed
+from translate import Translator
+
+SENTENCE = "Today my friend does not want to buy two old books."
+
+
+@pytest.fixture(scope="module")
+def translator(trained_run) -> Translator:
+    return Translator.load(trained_run, "cpu")
+
+
+@pytest.fixture(scope="module")
+def traced(translator) -> AttentionTrace:
+    return t.trace(translator, SENTENCE)
+
+
+def random_trace(L: int = 2, H: int = 3, S: int = 7, T: int = 5, decoder_L: int | None = None) -> AttentionTrace:
+    """A trace of random weights, with every token twice."""
+    rng, weights = np.random.default_rng(0), {}
+    sizes = {"encoder": (L, S, S), "decoder": (decoder_L or L, T, T), "cross": (decoder_L or L, T, S)}
+    for kind, (layers, Q, K) in sizes.items():
+        scores = np.exp(3 * rng.normal(size=(layers, H, Q, K))) * allowed(kind, Q, K)
+        weights[kind] = (scores / scores.sum(-1, keepdims=True)).astype(np.float32)
+    src = ["[SOS]", *(f"s{i // 2}" for i in range(S - 2)), "[EOS]"]
+    tgt = ["[SOS]", *(f"t{i // 2}" for i in range(T - 1))]
+    candidates = [[(token, -0.1), ("other", -2.5)] for token in [*tgt[1:], "[EOS]"]]
+    return AttentionTrace(
+        src, tgt, [*tgt[1:], "[EOS]"], [*range(S)], [*range(T)], weights, candidates, "weights/random"
+    )
+
+
+# ---------------------------------------------------------------------------- traces
+
+
+@torch.inference_mode()
+def test_a_trace_holds_the_weights_of_its_own_tokens(translator, traced):
+    source = torch.tensor([translator.encode(SENTENCE)])
+    target = torch.tensor([[SOS, *translator.search(source.tolist())[0]]])
+    name = translator.tokenizer_tgt.id_to_token
+    assert traced.tgt_tokens == [name(i) for i in target[0].tolist()]
+    assert traced.next_tokens == [*traced.tgt_tokens[1:], "[EOS]"]
+    with translator.model.recording():
+        logits = translator.model(source, target, padding_mask(source), causal_mask(target.size(1)))
+        for kind, blocks in translator.model.attention_blocks().items():
+            for layer, block in enumerate(blocks):
+                np.testing.assert_allclose(traced.weights[kind][layer], block.attention_scores[0].numpy(), atol=1e-6)
+    best = logits[0].log_softmax(-1).max(-1)
+    assert [step[0][0] for step in traced.candidates] == [name(i) for i in best.indices.tolist()]
+    np.testing.assert_allclose([step[0][1] for step in traced.candidates], best.values.numpy(), atol=1e-5)
+    S, T = source.size(1), target.size(1)
+    assert {kind: w.shape[2:] for kind, w in traced.weights.items()} == {
+        "encoder": (S, S),
+        "decoder": (T, T),
+        "cross": (T, S),
+    }
+    assert t.check_rows(traced) < 1e-5
+    assert all(block.attention_scores is None for block in translator.model.attention_blocks()["cross"])
+
+
+def test_a_given_target_is_the_one_traced(translator):
+    given = t.trace(translator, "She sleeps.", target="Lavorano.")
+    assert given.tgt_tokens == ["[SOS]", "Lavorano", "."]
+    assert given.next_tokens == ["Lavorano", ".", "[EOS]"]
+
+
+def test_a_trace_is_saved_whole(traced, tmp_path):
+    traced.save(tmp_path / "trace.npz")
+    loaded = AttentionTrace.load(tmp_path / "trace.npz")
+    for kind in KINDS:
+        np.testing.assert_array_equal(loaded.weights[kind], traced.weights[kind])
+    for name in ("src_tokens", "tgt_tokens", "next_tokens", "src_words", "candidates", "run"):
+        assert getattr(loaded, name) == getattr(traced, name)
+    (tmp_path / "bad.npz").write_bytes(b"no")
+    with pytest.raises(InputError, match=r"bad\.npz is not a saved trace"):
+        AttentionTrace.load(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "target", "words"),
+    [("  ", None, "empty"), ("I " * 80, None, "82 tokens"), ("I sleep.", "Dormo " * 80, "81 tokens")],
+)
+def test_sentences_that_cannot_be_traced(translator, sentence, target, words):
+    with pytest.raises(InputError, match=words):
+        t.trace(translator, sentence, target)
+
+
+# ---------------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("tokens", "numbers"),
+    [
+        (["[SOS]", "▁un", "believ", "able", ".", "[EOS]"], [0, 1, 1, 1, 2, 3]),
+        (["[SOS]", "▁l", "'", "uomo", "▁a", "[EOS]"], [0, 1, 2, 3, 4, 5]),
+        (["[SOS]", "▁", "<0xF0>", "<0x9F>", "▁b", "c"], [0, 1, 1, 1, 2, 2]),
+        (["a", "b"], [0, 0]),
+    ],
+)
+def test_pieces_make_words(tokens, numbers):
+    assert t.word_numbers(tokens, whole=False) == numbers
+    assert t.word_numbers(tokens, whole=True) == list(range(len(tokens)))
+
+
+def test_merged_weights_are_summed_over_keys_and_averaged_over_queries():
+    trace = random_trace(S=7, T=5)
+    object.__setattr__(trace, "src_words", [0, 1, 1, 2, 3, 3, 4])
+    object.__setattr__(trace, "tgt_words", [0, 1, 1, 1, 2])
+    merged = t.merge_words(trace)
+    cross = trace.weights["cross"]
+    assert merged.weights["cross"].shape[2:] == (3, 5)
+    by_hand = cross[1, 2, 1:4][:, 4:6].sum(1).mean()
+    assert merged.weights["cross"][1, 2, 1, 3] == pytest.approx(by_hand, abs=1e-6)
+    assert t.check_rows(merged) < 1e-5
+    assert merged.src_tokens == ["[SOS]", "s0s0", "s1", "s1s2", "[EOS]"]
+    assert merged.next_tokens == ["t0t0t1", "t1", "[EOS]"]
+    assert merged.candidates == [trace.candidates[i] for i in (0, 3, 4)]
+    assert not np.triu(merged.weights["decoder"], 1).any()
+
+
+# ---------------------------------------------------------------------------- tables and measures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_long_table_has_queries_as_rows_and_no_masked_cell(kind):
+    trace = random_trace()
+    table = t.weights_table(trace, kind)
+    rows, columns = trace.labels(kind)
+    assert (len(rows), len(columns)) == trace.weights[kind].shape[2:]
+    for line in table.sample(30, random_state=0).itertuples():
+        assert line.weight == trace.weights[kind][line.layer, line.head, line.row, line.column]
+        assert (line.row_token, line.column_token) == (rows[line.row], columns[line.column])
+    if kind == "decoder":
+        assert (table["column"] <= table["row"]).all()
+    sums = table.groupby(["layer", "head", "row"])["weight"].sum()
+    assert np.allclose(sums, 1, atol=1e-5)
+    with pytest.raises(InputError, match=r"no layer 9 .* layers 0 to 1"):
+        t.weights_table(trace, kind, layers=[9])
+
+
+def test_the_packed_table_is_the_same_weights_in_thousandths():
+    trace = random_trace(decoder_L=3)
+    for line in t.packed_table(trace).itertuples():
+        w = np.array(line.w).reshape(-1, line.columns) / 1000
+        np.testing.assert_allclose(w, trace.weights[line.kind][line.layer, line.head], atol=5.01e-4)
+
+
+def test_mean_and_rollout_keep_rows_that_sum_to_one():
+    trace = random_trace()
+    assert t.check_rows(t.mean_over_heads(trace)) < 1e-5
+    flow = t.rollout(trace)
+    assert t.check_rows(flow) < 1e-5
+    first, second = (0.5 * trace.weights["encoder"][i].mean(0) + 0.5 * np.eye(7) for i in (0, 1))
+    np.testing.assert_allclose(flow.weights["encoder"][1, 0], second @ first, atol=1e-6)
+    assert not np.triu(flow.weights["decoder"], 1).any()
+
+
+def test_lookup_finds_the_largest_weights_at_every_place_of_a_token():
+    trace = random_trace()
+    table = t.token_lookup(trace, "cross", "t0")
+    assert set(table["row"]) == {1, 2}  # t0 stands twice
+    for (layer, head, row), group in table.groupby(["layer", "head", "row"]):
+        expected = np.argsort(-trace.weights["cross"][layer, head, row])[:3]
+        assert group["column"].tolist() == expected.tolist()
+        assert group["rank"].tolist() == [1, 2, 3]
+    with pytest.raises(InputError, match="no token 'x'"):
+        t.token_lookup(trace, "cross", "x")
+    with pytest.raises(InputError, match="rows 0 to 4"):
+        t.across_layers(trace, "cross", 5)
+
+
+def test_the_scorecard_measures_heads_whose_job_is_known():
+    trace = random_trace(L=1, H=3, S=6, T=5)
+    w = np.zeros((1, 3, 6, 6), dtype=np.float32)
+    w[0, 0] = np.eye(6)
+    w[0, 1, :, 0] = 1
+    w[0, 2] = 1 / 6
+    trace.weights["encoder"] = w
+    card = t.scorecard(trace).query("kind == 'encoder'").set_index("head")
+    assert card.loc[0, ["entropy", "largest", "distance", "itself"]].tolist() == pytest.approx([0, 1, 0, 1], abs=1e-6)
+    assert card.loc[1, ["[SOS]", "[EOS]", "previous"]].tolist() == pytest.approx([1, 0, 1 / 6])
+    assert card.loc[2, "entropy"] == pytest.approx(np.log2(6), abs=1e-4)
+
+
+def test_alignment_error_is_zero_for_gold_heads_and_one_for_wrong_ones(translator, monkeypatch):
+    pairs = toy_pairs("en", "it", "test")[:20]
+    plain = t.trace
+
+    def gold(translator, sentence, target):
+        trace = plain(translator, sentence, target)
+        (pair,) = [p for p in pairs if p.src_text == sentence]
+        cross = np.full_like(trace.weights["cross"], 1e-6)
+        for i, j in sorted(pair.alignment - pair.sure) + sorted(pair.sure):
+            cross[0, :, j] = 1e-6
+            cross[0, :, j, i + 1] = 1  # the row that writes word j
+        cross[1, :, :, 0] = 1  # [SOS]: no link at all
+        trace.weights["cross"] = cross
+        return trace
+
+    monkeypatch.setattr(t, "trace", gold)
+    table = t.alignment_errors(translator, pairs).set_index(["layer", "head", "shift"])["error"]
+    assert table[0, 0, 1] == table[0, "mean", 1] == 0
+    assert table[0, 0, 0] > 0.5
+    assert table[1, 0, 1] == 1
+
+
+# ---------------------------------------------------------------------------- text
+
+
+def test_the_text_view_shows_every_weight_in_hundredths(traced):
+    text = a.text_heat_map(traced, "cross", 1, 0, width=400)
+    lines = text.splitlines()[2:]
+    assert len(lines) == len(traced.tgt_tokens)
+    for line, label, weights in zip(lines, traced.tgt_tokens, traced.weights["cross"][1, 0], strict=True):
+        assert line.split()[0] == label
+        shown = [int(re.sub(r"\D", "", cell) or 0) for cell in line[11:].split() if cell]
+        numbers = [round(100 * float(w)) for w in weights]
+        assert [n for n in shown if n] == [n for n in numbers if n]
+    narrow = a.text_heat_map(traced, "decoder", 0, 0, width=60)
+    assert max(map(len, narrow.splitlines()[1:])) <= 60
+    bars = a.token_bars(traced, "cross", 0, 1, 2)
+    assert sum(int(p) for p in re.findall(r"(\d+)%", bars)) == pytest.approx(100, abs=8)
+
+
+# ---------------------------------------------------------------------------- charts
+
+
+def png_of(chart: alt.TopLevelMixin, folder: Path) -> Image.Image:
+    charts.save_png(chart, folder / "chart.png", scale=1)
+    return Image.open(folder / "chart.png")
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [random_trace(), random_trace(L=1, H=2, S=4, T=9, decoder_L=3), random_trace(L=1, H=1, S=60, T=60)],
+    ids=["plain", "different depths and lengths", "60 tokens"],
+)
+def test_every_chart_draws(trace, tmp_path):
+    drawn = [
+        *(charts.grid(trace, kind) for kind in KINDS),
+        charts.single_head(trace, "decoder", 0, 0),
+        charts.mean_heads(trace, "cross"),
+        charts.flow(trace, "encoder"),
+        charts.layers_of_query(trace, "cross", 2),
+        charts.decode_stepper(trace),
+        charts.heads_heat_map(t.scorecard(trace), "entropy", "entropy in bits"),
+        charts.explorer(trace),
+    ]
+    for chart in drawn:
+        assert np.asarray(png_of(chart, tmp_path)).std() > 10  # not blank
+
+
+@pytest.mark.parametrize(
+    "tokens", [["مرحبا", "بالعالم", "مرحبا"], ["🙂", "日本語", "🙂"], ['"', "\\", "'"], ["<b>", "&amp;", "a"]]
+)
+def test_any_script_draws(tokens, tmp_path):
+    trace = random_trace(S=5, T=4)
+    object.__setattr__(trace, "src_tokens", ["[SOS]", *tokens, "[EOS]"])
+    object.__setattr__(trace, "tgt_tokens", ["[SOS]", *tokens])
+    png_of(charts.explorer(trace), tmp_path)
+    charts.save_page(trace, tmp_path / "page.html")
+
+
+def test_the_decoder_chart_draws_no_masked_cell(tmp_path):
+    """Squares on and below the diagonal have a colour, those above are left white."""
+    trace, side = random_trace(L=1, H=1, T=6), 40
+    picture = np.asarray(png_of(charts.grid(trace, "decoder", square=side), tmp_path).convert("RGB")).astype(int)
+    coloured = picture.max(2) - picture.min(2) > 40
+    top, left = np.argmax(coloured[:, : 4 * side + 40].any(1)), np.argmax(coloured.any(0))
+    for row in range(6):
+        for column in range(6):
+            center = coloured[top + side * row + side // 2, left + side * column + side // 2]
+            assert center == (column <= row), (row, column)
+
+
+def test_a_gif_has_a_frame_for_every_step(tmp_path):
+    trace = random_trace()
+    charts.save_gif(trace, tmp_path / "steps.gif")
+    assert Image.open(tmp_path / "steps.gif").n_frames == len(trace.tgt_tokens)
+
+
+def test_the_page_holds_the_models_weights(tmp_path):
+    """Unpacked out of the page's JSON, they are the tensors within half a thousandth."""
+    torch.manual_seed(0)
+    tokenizer = build_bpe_tokenizer(["a b c d e f g"] * 3, 280)
+    config = get_config("toy", tokenizer="bpe", d_model=32, num_heads=4)
+    V = tokenizer.get_vocab_size()
+    model = build_transformer(V, V, 64, 64, d_model=32, N=2, h=4, d_ff=32, decoder_N=3).eval()
+    trace = t.trace(Translator(model, config, tokenizer, tokenizer), "a b c d e", target="g f e d c b a")
+    charts.save_page(trace, tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text(encoding="utf8")
+    spec = json.loads(re.search(r"const spec = (\{.*\});\n", html).group(1))
+    (rows,) = [rows for rows in spec["datasets"].values() if "w" in rows[0] and len({row["kind"] for row in rows}) == 3]
+    assert len(rows) == 4 * (2 + 3 + 3)
+    for row in rows:
+        found = np.array(row["w"]).reshape(-1, row["columns"]) / 1000
+        np.testing.assert_allclose(found, trace.weights[row["kind"]][row["layer"], row["head"]], atol=5.01e-4)
+
+
+def test_notebook_output_has_a_picture_for_every_reader():
+    out = charts.render_both(charts.grid(random_trace(), "cross").to_dict())
+    assert base64.b64decode(out["image/png"]).startswith(b"\x89PNG")
+    assert "text/html" not in out
+    assert out["application/vnd.vegalite.v5+json"]["$schema"]
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def shell(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "attention.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_the_command_line(trained_run, tmp_path):
+    done = shell(
+        "--run-dir", str(trained_run), "--html", "p.html", "--png", "p.png", "--save", "t.npz", SENTENCE, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "wrote p.html (" in done.stdout
+    again = shell("--trace", "t.npz", "--text", "--words", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "cross attention, layer 1, head 0" in again.stdout
+    assert "[SOS] →" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give a sentence"),
+        (["--trace", "none.npz"], "none.npz"),
+        (["--html", ".", "hi"], "folder"),
+        (["--png", "no/x.png", "hi"], "no folder no"),
+    ],
+)
+def test_bad_command_lines(tmp_path, arguments, words):
+    done = shell(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert words in done.stderr
