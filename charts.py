@@ -62,8 +62,8 @@ def token_axis(tokens: str, **options) -> alt.Axis:
     return alt.Axis(labelExpr=f"({tokens})[datum.value]", labelLimit=90, labelOverlap=False, ticks=False, **options)
 
 
-def heat_map(chart: alt.Chart, kind: str, side: int) -> alt.Chart:
-    """Squares of weights with the tokens of `kind` on the axes; `side` is the longer side in pixels."""
+def heat_map(chart: alt.Chart, kind: str) -> alt.Chart:
+    """Squares of weights with the tokens of `kind` on the axes."""
     rows, columns = ("src" if kind == "encoder" else "tgt"), ("tgt" if kind == "decoder" else "src")
     return chart.mark_rect().encode(
         x=alt.X("column:O", title=None, axis=token_axis(columns, labelAngle=-60)),
@@ -96,10 +96,10 @@ def grid(
     square: float = 11,
 ) -> alt.Chart:
     """All layers (down) and heads (across) of a kind; `square` is the side of a weight in pixels."""
-    packed = packed_table(trace).query("kind == @kind")
+    packed = packed_table(trace, kind)
     packed = packed[packed["layer"].isin(layers if layers is not None else packed["layer"])]
     packed = packed[packed["head"].isin(heads if heads is not None else packed["head"])]
-    cell = sized(heat_map(named(unpack(alt.Chart(packed))), kind, 0), trace, kind, square)
+    cell = sized(heat_map(named(unpack(alt.Chart(packed))), kind), trace, kind, square)
     return (
         cell.encode(row=alt.Row("layer:O", title="layer"), column=alt.Column("head:O", title="head"))
         .add_params(*tokens_as_params(trace))
@@ -110,9 +110,9 @@ def grid(
 
 def single_head(trace: AttentionTrace, kind: str, layer: int, head: int, square: float = 26) -> alt.Chart:
     """One head, large, with its weights written in hundredths."""
-    packed = packed_table(trace).query("kind == @kind and layer == @layer and head == @head")
+    packed = packed_table(trace, kind, layer, head)
     base = named(unpack(alt.Chart(packed)))
-    squares = heat_map(base, kind, 0)
+    squares = heat_map(base, kind)
     numbers = (
         base.transform_filter("datum.weight >= 0.005")
         .mark_text(fontSize=10)
@@ -139,7 +139,7 @@ def flow(trace: AttentionTrace, kind: str, square: float = 16) -> alt.Chart:
 
 def layers_of_query(trace: AttentionTrace, kind: str, row: int, square: float = 18) -> alt.Chart:
     """One query's row in every head, layer below layer."""
-    packed = packed_table(trace).query("kind == @kind")
+    packed = packed_table(trace, kind)
     base = named(unpack(alt.Chart(packed))).transform_filter(f"datum.row == {row}")
     rows, columns = trace.labels(kind)
     strip = base.mark_rect().encode(
@@ -357,7 +357,7 @@ def decode_stepper(trace: AttentionTrace, step: int | None = None) -> alt.VConca
         .encode(text="label:N", color=alt.value("#333333"), x=alt.X("probability:Q"))
         .transform_calculate(label="datum.token + '  ' + format(datum.probability, '.1%')")
     )
-    packed = packed_table(mean_over_heads(trace)).query("kind == 'cross'")
+    packed = packed_table(mean_over_heads(trace), "cross")
     look = (
         named(unpack(alt.Chart(packed)))
         .transform_filter("datum.row == step")
@@ -392,6 +392,102 @@ def save_gif(trace: AttentionTrace, path: str | Path, seconds: float = 1.0) -> N
     first.save(path, save_all=True, append_images=rest, duration=int(1000 * seconds), loop=0)
 
 
+# ---------------------------------------------------------------------------- experiments
+
+
+def step_heat_map(steps: pd.DataFrame, trace: AttentionTrace, value: str = "logit") -> alt.HConcatChart:
+    """The step table: words down the columns, the chosen one framed; beside it each step's cross-attention.
+
+    `steps` has step, label, word, `value` and chosen. Attention is the last layer's mean over heads.
+    """
+    order = list(dict.fromkeys(steps["word"]))
+    y = alt.Y("label:N", title=None, sort=alt.SortField("step"), axis=alt.Axis(labelLimit=220, ticks=False))
+    base = alt.Chart(steps).encode(x=alt.X("word:N", title=None, sort=order, axis=alt.Axis(labelAngle=-60)), y=y)
+    scale = alt.Scale(scheme="blues", **({"domain": [0, 1]} if value == "probability" else {}))
+    squares = base.mark_rect().encode(
+        color=alt.Color(f"{value}:Q", scale=scale, title=value),
+        tooltip=["label", "word", alt.Tooltip("logit", format=".2f"), alt.Tooltip("probability", format=".3f")],
+    )
+    frames = base.transform_filter("datum.chosen").mark_rect(fillOpacity=0, stroke="#e45756", strokeWidth=2)
+    numbers = base.mark_text(fontSize=9).encode(
+        text=alt.Text(f"{value}:Q", format=".1f" if value == "logit" else ".2f")
+    )
+    size = {"height": 22 * steps["step"].nunique()}
+    left = (squares + frames + numbers).properties(
+        width=30 * len(order), title=f"{value} of each word, chosen framed", **size
+    )
+    mean = mean_over_heads(trace)
+    layer = len(mean.weights["cross"]) - 1
+    packed = packed_table(mean, "cross", layer)
+    look = heat_map(named(unpack(alt.Chart(packed))), "cross").properties(
+        width=22 * len(trace.src_tokens), title="what the step looks at", **size
+    )
+    return alt.hconcat(left, look, spacing=20).resolve_scale(color="independent").add_params(*tokens_as_params(trace))
+
+
+def variants_chart(table: pd.DataFrame) -> alt.HConcatChart:
+    """Each variant's change of the log-probability, with the translation it makes."""
+    y = alt.Y("variant:N", title=None, sort=table["variant"].tolist(), axis=alt.Axis(labelLimit=300))
+    size = {"height": 20 * len(table)}
+    bars = (
+        alt.Chart(table)
+        .mark_bar(color="#e45756")
+        .encode(
+            x=alt.X("change:Q", title="change of the baseline output's log-probability (nats)"),
+            y=y,
+            tooltip=["variant", "says", "translation"],
+        )
+    )
+    texts = (
+        alt.Chart(table)
+        .mark_text(align="left", limit=460)
+        .encode(
+            x=alt.value(0),
+            y=alt.Y("variant:N", title=None, sort=table["variant"].tolist(), axis=None),
+            text="translation:N",
+        )
+    )
+    return alt.hconcat(bars.properties(width=260, **size), texts.properties(width=460, title="translation", **size))
+
+
+def difference(
+    before: AttentionTrace, after: AttentionTrace, kind: str, layer: int, head: int, square: float = 18
+) -> alt.HConcatChart:
+    """One head of two traces over the same tokens, and the second less the first on a scale from -1 to 1."""
+    if (before.src_tokens, before.tgt_tokens) != (after.src_tokens, after.tgt_tokens):
+        raise ValueError(
+            "the two traces are of different tokens; trace the variant with the baseline's translation as target"
+        )
+    less = after.weights[kind] - before.weights[kind]
+    both = AttentionTrace(**{**vars(after), "weights": {**after.weights, kind: less}})
+    diverging = alt.Color("weight:Q", scale=alt.Scale(domain=[-1, 1], clamp=True, scheme="redblue"), title="difference")
+    drawn = []
+    for trace, title in ((before, "before"), (after, "after"), (both, "after less before")):
+        packed = packed_table(trace, kind, layer, head)
+        chart = sized(heat_map(named(unpack(alt.Chart(packed))), kind), trace, kind, square)
+        drawn.append((chart.encode(color=diverging) if trace is both else chart).properties(title=title))
+    joined = alt.hconcat(*drawn).resolve_scale(color="independent").add_params(*tokens_as_params(before))
+    return joined.properties(title=f"{caption(kind)}, layer {layer}, head {head}")
+
+
+def importance_chart(importance: pd.DataFrame, value: str = "bleu_drop") -> alt.FacetChart:
+    """What is lost with each head off."""
+    return heads_heat_map(
+        importance, value, f"{value.replace('_', ' ')} with one head off", alt.Scale(scheme="oranges")
+    )
+
+
+def report_page(
+    sentence: str, trace: AttentionTrace, steps: pd.DataFrame, table: pd.DataFrame, importance: pd.DataFrame | None
+) -> alt.VConcatChart:
+    """Everything that experiments.py found, one below the other."""
+    parts = [step_heat_map(steps, trace), variants_chart(table)] + (
+        [importance_chart(importance)] if importance is not None else []
+    )
+    title = alt.TitleParams(sentence, subtitle=[f"run {trace.run}", NOTE], anchor="start", fontSize=16)
+    return alt.vconcat(*parts, spacing=40).resolve_scale(color="independent").properties(title=title)
+
+
 # ---------------------------------------------------------------------------- saving and showing
 
 
@@ -412,8 +508,13 @@ STYLE = """<style>
 
 
 def save_page(trace: AttentionTrace, path: str | Path) -> None:
-    """One .html file that needs nothing but a browser, not even a network; the controls stand above the chart."""
-    html = page(trace).to_html(inline=True, embed_options={"renderer": "canvas", "actions": False})
+    """Explorer and decode stepper as one .html file."""
+    save_html(page(trace), path)
+
+
+def save_html(chart: alt.TopLevelMixin, path: str | Path) -> None:
+    """A file that needs nothing but a browser, not even a network; the controls stand above the chart."""
+    html = chart.to_html(inline=True, embed_options={"renderer": "canvas", "actions": False})
     Path(path).write_text(html.replace("<head>", f"<head>\n<title>Attention</title>\n{STYLE}", 1), encoding="utf8")
 
 

@@ -32,6 +32,7 @@ from config import (
     FIXED_FIELDS,
     Config,
     InputError,
+    get_config,
     get_weights_file_path,
     parse_config,
     run_command,
@@ -473,11 +474,19 @@ def train_model(config: Config) -> Run:
     return run
 
 
+def trained_run(run_dir: str, preset: str = "toy", **overrides) -> str:
+    """The folder of a run, trained first where it holds no checkpoint yet: how the notebooks begin."""
+    if not weights_files(run_dir):
+        train_model(get_config(preset, run_dir=run_dir, **overrides))
+    return run_dir
+
+
 def what_next(run: Run) -> None:
     folder = run.config.folder
     print("\nWhat to type next:")
     print(f'  python translate.py --run-dir {folder} "A sentence."')
     print(f"  python evaluate.py --run-dir {folder}")
+    print(f'  python attention.py --run-dir {folder} "A sentence." --html attention.html')
     print(f"  tensorboard --logdir {folder}/tensorboard")
 
 

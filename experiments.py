@@ -1,0 +1,482 @@
+"""What a part does, learnt by taking it away: attention corrupted, sublayers switched off, words reordered.
+
+    B  sentences    H  heads    Q  query positions    K  key positions    T  decoder positions    D  d_model
+
+    python experiments.py "I can eat an apple."
+
+The model knows nothing of this file. Attention is changed through `intervene`, after the softmax;
+everything else through PyTorch's forward hooks. Each change is a context manager: inside it the
+model is the variant, on leaving it the model is as before, and two of them can be nested.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from charts import report_page, save_html
+from config import InputError, parse, run_command
+from dataset import EOS, PAD, SOS, load_split, padding_mask
+from evaluate import score
+from model import Transformer, causal_mask
+from tracing import KINDS, AttentionTrace, trace
+from translate import Translator, greedy_decode
+
+Change = Callable[[Tensor], Tensor]  # scores (B, H, Q, K) -> scores of the same shape
+
+# ---------------------------------------------------------------------------- corrupted attention
+
+
+@contextmanager
+def intervene(
+    model: Transformer, change: Change, kind: str, layers: list[int] | None = None, heads: list[int] | None = None
+) -> Iterator[None]:
+    """Within it, `change` rewrites the scores of these layers and heads (all where None) of a kind."""
+    blocks = model.attention_blocks()[kind]
+    for layer in layers or []:
+        if not 0 <= layer < len(blocks):
+            raise InputError(f"no layer {layer} in the {kind}; it has layers 0 to {len(blocks) - 1}")
+    for head in heads or []:
+        if not 0 <= head < blocks[0].h:
+            raise InputError(f"no head {head}; there are heads 0 to {blocks[0].h - 1}")
+    chosen = [block for layer, block in enumerate(blocks) if layers is None or layer in layers]
+    before = [block.intervene for block in chosen]
+
+    def changed(earlier: Change | None, scores: Tensor) -> Tensor:
+        scores = earlier(scores) if earlier else scores
+        if heads is None:
+            return change(scores)
+        scores = scores.clone()
+        scores[:, heads] = change(scores[:, heads])
+        return scores
+
+    for block, earlier in zip(chosen, before, strict=True):
+        block.intervene = partial(changed, earlier)
+    try:
+        yield
+    finally:
+        for block, earlier in zip(chosen, before, strict=True):
+            block.intervene = earlier
+
+
+def unchanged(scores: Tensor) -> Tensor:
+    return scores
+
+
+def uniform(scores: Tensor) -> Tensor:
+    """a_ij = 1 / (number of positions j that i may attend to)."""
+    return renormalized(scores, scores > 0, flat=True)
+
+
+def first(scores: Tensor, k: int = 1) -> Tensor:
+    """a_ij = 0 unless j is among the first k positions that i may attend to, then rescaled to sum to 1."""
+    allowed = scores > 0  # the softmax gives masked positions exactly 0 and others more
+    return renormalized(scores, allowed & (allowed.cumsum(-1) <= k))
+
+
+def last(scores: Tensor, k: int = 1) -> Tensor:
+    """a_ij = 0 unless j is among the last k positions that i may attend to, then rescaled to sum to 1."""
+    allowed = scores > 0
+    rank = allowed.cumsum(-1)
+    return renormalized(scores, allowed & (rank > rank[..., -1:] - k))
+
+
+def shuffled(scores: Tensor, seed: int = 0) -> Tensor:
+    """a_ij = a_ip(j): the weights of each row dealt out anew among the positions that i may attend to."""
+    allowed = scores > 0
+    keys = torch.rand(scores.size(-1), generator=torch.Generator().manual_seed(seed)).to(scores.device)
+    dealt = torch.where(allowed, keys, torch.inf).argsort(-1)  # allowed positions in random order, then the others
+    places = (~allowed).to(torch.uint8).argsort(dim=-1, stable=True)  # allowed positions in their own order
+    return torch.zeros_like(scores).scatter(-1, places, scores.gather(-1, dealt))
+
+
+def pattern(scores: Tensor, weights: Tensor) -> Tensor:
+    """a_ij = the weights (Q', K') of a head on another sentence, cut or continued to this one's size and rescaled."""
+    Q, K = scores.shape[-2:]
+    rows, columns = torch.arange(Q).clamp(max=weights.size(0) - 1), torch.arange(min(K, weights.size(1)))
+    taken = torch.zeros_like(scores)
+    taken[..., columns] = weights.to(scores)[rows][:, columns]
+    return renormalized(taken, scores > 0)
+
+
+def off(scores: Tensor) -> Tensor:
+    """a_ij = 0: the head adds nothing."""
+    return torch.zeros_like(scores)
+
+
+def renormalized(scores: Tensor, keep: Tensor, flat: bool = False) -> Tensor:
+    """Scores where `keep`, rescaled to sum to 1; even over what is kept if `flat`, or where nothing was there."""
+    kept, even = scores * keep, keep / keep.sum(-1, keepdim=True).clamp(min=1)
+    total = kept.sum(-1, keepdim=True)
+    return torch.where((total > 0) & (not flat), kept / total.clamp(min=1e-30), even.to(scores.dtype))
+
+
+# ---------------------------------------------------------------------------- parts switched off
+
+
+@contextmanager
+def hooked(modules: list[nn.Module], hook: Callable) -> Iterator[None]:
+    """Within it, `hook(module, inputs, output)` takes the place of these modules' outputs."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def silence(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def drop_residual(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return output - inputs[0]
+
+
+def keep_input(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return inputs[0]
+
+
+def copy_source(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """The decoder's output (B, T, D) becomes the encoder's at the same positions, its last one where it is shorter."""
+    encoder_output = inputs[1]
+    positions = torch.arange(output.size(1), device=output.device).clamp(max=encoder_output.size(1) - 1)
+    return encoder_output[:, positions]
+
+
+def blocks_of(model: Transformer, stack: str, layer: int | None) -> list[nn.Module]:
+    layers = list((model.encoder if stack == "encoder" else model.decoder).layers)
+    return layers if layer is None else [layers[layer]]
+
+
+@contextmanager
+def without(model: Transformer, parts: str, stack: str, layer: int | None = None) -> Iterator[None]:
+    """Within it, the named sublayers (of "self_attention cross_attention feed_forward") add nothing to the residual."""
+    modules = [getattr(block, f"{part}_block") for block in blocks_of(model, stack, layer) for part in parts.split()]
+    with hooked(modules, silence):
+        yield
+
+
+@contextmanager
+def only_self_attention(model: Transformer, stack: str, layer: int | None = None) -> Iterator[None]:
+    """Within it, a block's output is its self-attention alone, without even the residual path."""
+    others = "feed_forward" if stack == "encoder" else "cross_attention feed_forward"
+    residuals = [block.residual_connections[0] for block in blocks_of(model, stack, layer)]
+    with without(model, others, stack, layer), hooked(residuals, drop_residual):
+        yield
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take something away: a name, what happens to the data, and the context manager that does it."""
+
+    name: str
+    says: str
+    apply: Callable[[Transformer], object]
+
+
+SUBLAYERS = {"encoder": "self_attention feed_forward", "decoder": "self_attention cross_attention feed_forward"}
+NOTHING_ADDED = "Every sublayer adds 0: what comes out is norm(x) of the embeddings."
+ATTENTION_ALONE = "No residual path: x = SelfAttention(norm(x)), and nothing else."
+NO_POSITIONS = "Embeddings go in without positions: x = embedding * sqrt(D)."
+NO_FEED_FORWARD = "The feed-forward blocks add 0: x = x + 0."
+
+
+def corruptions(kind: str) -> list[Variant]:
+    """The ways to corrupt all heads of one kind of attention."""
+
+    def variant(name: str, says: str, change: Change) -> Variant:
+        return Variant(f"{kind}: {name}", says, lambda model: intervene(model, change, kind))
+
+    return [
+        variant("uniform", "Every position gets the same weight: a_ij = 1/n.", uniform),
+        variant("first 2", "Only the first two positions are seen.", partial(first, k=2)),
+        variant("last 2", "Only the last two positions are seen.", partial(last, k=2)),
+        variant("shuffled", "The weights of each row are dealt out anew: a_ij = a_ip(j).", shuffled),
+    ]
+
+
+def switched_off(stack: str) -> list[Variant]:
+    """The parts that encoder and decoder both have, each taken from one of them."""
+    position = "src_pos" if stack == "encoder" else "tgt_pos"
+    return [
+        Variant(f"{stack}: only the residual path", NOTHING_ADDED, lambda m: without(m, SUBLAYERS[stack], stack)),
+        Variant(f"{stack}: only self-attention", ATTENTION_ALONE, lambda m: only_self_attention(m, stack)),
+        Variant(f"{stack}: no feed-forward", NO_FEED_FORWARD, lambda m: without(m, "feed_forward", stack)),
+        Variant(f"{stack}: no positions", NO_POSITIONS, lambda m: hooked([getattr(m, position)], keep_input)),
+    ]
+
+
+VARIANTS: list[Variant] = [
+    *(variant for kind in KINDS for variant in corruptions(kind)),
+    *(variant for stack in SUBLAYERS for variant in switched_off(stack)),
+    Variant("no positions", NO_POSITIONS, lambda m: hooked([m.src_pos, m.tgt_pos], keep_input)),
+    Variant(
+        "decoder: no cross-attention",
+        "The decoder never sees the source: x = x + 0.",
+        lambda m: without(m, "cross_attention", "decoder"),
+    ),
+    Variant(
+        "decoder: residual path and self-attention",
+        "The decoder keeps x = x + SelfAttention(norm(x)); the other sublayers add 0.",
+        lambda m: without(m, "cross_attention feed_forward", "decoder"),
+    ),
+    Variant(
+        "decoder: source copied",
+        "The decoder's output is replaced by the encoder's: y_t = encoder_t.",
+        lambda m: hooked([m.decoder], copy_source),
+    ),
+]
+
+
+def head_off(kind: str, layer: int, head: int) -> Variant:
+    """One head alone switched off."""
+    says = f"Head {head} of layer {layer} adds nothing: a_ij = 0."
+    return Variant(f"{kind} {layer}.{head} off", says, lambda model: intervene(model, off, kind, [layer], [head]))
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+class PlainDecoder:
+    """A StepDecoder without a cache: each step computes all T positions, so that a change may depend on them."""
+
+    def __init__(self, model: Transformer, source: Tensor):
+        self.model, self.src_mask = model, padding_mask(source)
+        self.encoder_output = model.encode(source, self.src_mask)
+        self.written = torch.empty(len(source), 0, dtype=torch.long, device=source.device)
+
+    def step(self, ids: Tensor) -> Tensor:
+        self.written = torch.cat([self.written, ids.unsqueeze(1)], 1)  # (N, T)
+        mask = causal_mask(self.written.size(1), ids.device)
+        return self.model.project(self.model.decode(self.encoder_output, self.src_mask, self.written, mask)[:, -1])
+
+    def select(self, rows: Tensor) -> None:
+        self.written, self.src_mask, self.encoder_output = (
+            self.written[rows],
+            self.src_mask[rows],
+            self.encoder_output[rows],
+        )
+
+
+@torch.inference_mode()
+def translate_plainly(translator: Translator, sentences: list[str]) -> list[str]:
+    """Greedy translations by PlainDecoder, at most as long as Translator would make them."""
+    ids = [translator.encode(sentence) for sentence in sentences]
+    translations = [""] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for start in range(0, len(order), 100):
+        batch = order[start : start + 100]
+        width = max(len(ids[i]) for i in batch)
+        source = torch.tensor([ids[i] + [PAD] * (width - len(ids[i])) for i in batch], device=translator.device)
+        limits = torch.tensor(
+            [min(2 * len(ids[i]) + 10, translator.config.seq_len) for i in batch], device=source.device
+        )
+        for i, found in zip(batch, greedy_decode(PlainDecoder(translator.model, source), limits), strict=True):
+            translations[i] = translator.tokenizer_tgt.decode(found)
+    return translations
+
+
+@torch.inference_mode()
+def step_logits(translator: Translator, sentence: str, target_ids: list[int]) -> Tensor:
+    """Logits (T, V) of each step of a given translation, its [EOS] included."""
+    source = torch.tensor([translator.encode(sentence)], device=translator.device)
+    decoder_input = torch.tensor([[SOS, *target_ids]], device=translator.device)
+    mask = causal_mask(decoder_input.size(1), source.device)
+    return translator.model(source, decoder_input, padding_mask(source), mask)[0].float()
+
+
+def log_probability(translator: Translator, sentence: str, target_ids: list[int]) -> float:
+    """log p(target, [EOS] | sentence), in nats."""
+    log_p = step_logits(translator, sentence, target_ids).log_softmax(-1)
+    return log_p[torch.arange(len(log_p)), torch.tensor([*target_ids, EOS], device=log_p.device)].sum().item()
+
+
+def compare(translator: Translator, sentence: str, variants: list[Variant] = VARIANTS) -> pd.DataFrame:
+    """Every variant on one sentence: variant, translation, change, differs, says.
+
+    `change` is that of the baseline output's log-probability, in nats; `differs` the first token that is
+    not the baseline's.
+    """
+    baseline = translate_plainly(translator, [sentence])[0]
+    ids = translator.search([translator.encode(sentence)])[0]
+    whole = log_probability(translator, sentence, ids)
+    lines = [
+        {"variant": "baseline", "translation": baseline, "change": 0.0, "differs": "", "says": "Nothing is changed."}
+    ]
+    for variant in variants:
+        with variant.apply(translator.model):
+            text = translate_plainly(translator, [sentence])[0]
+            change = log_probability(translator, sentence, ids) - whole
+        lines.append({"variant": variant.name, "translation": text, "change": change,
+                      "differs": first_difference(translator, baseline, text), "says": variant.says})  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def first_difference(translator: Translator, one: str, other: str) -> str:
+    """Where and how two translations part, as in "3: essen → lesen"; empty where they do not."""
+    a, b = ([*translator.tokenizer_tgt.encode(text).tokens, "[EOS]"] for text in (one, other))
+    for i, (x, y) in enumerate(zip(a, b, strict=False), start=1):
+        if x != y:
+            return f"{i}: {x} → {y}"
+    return ""
+
+
+def measure(
+    translator: Translator, sources: list[str], references: list[str], variants: list[Variant] = VARIANTS
+) -> pd.DataFrame:
+    """BLEU and exact matches of every variant over some sentences, the baseline first."""
+    lines = []
+    for variant in tqdm([None, *variants], desc="Variants", unit="variant", leave=False):
+        with variant.apply(translator.model) if variant else ExitStack():
+            scores = score(translate_plainly(translator, sources), references)
+        lines.append(
+            {"variant": variant.name if variant else "baseline", "bleu": scores["bleu"], "exact": scores["exact"]}
+        )
+    return pd.DataFrame(lines)
+
+
+def head_importance(translator: Translator, sources: list[str], references: list[str]) -> pd.DataFrame:
+    """How much worse the translations are with one head off: kind, layer, head, bleu_drop, exact_drop (in points)."""
+    heads = [
+        (kind, layer, head)
+        for kind, blocks in translator.model.attention_blocks().items()
+        for layer, block in enumerate(blocks)
+        for head in range(block.h)
+    ]
+    table = measure(translator, sources, references, [head_off(*place) for place in heads])
+    whole, rest = table.iloc[0], table.iloc[1:].reset_index(drop=True)
+    places = pd.DataFrame(heads, columns=["kind", "layer", "head"])
+    return places.assign(bleu_drop=whole["bleu"] - rest["bleu"], exact_drop=whole["exact"] - rest["exact"])
+
+
+def traced(translator: Translator, sentence: str, target: str, variant: Variant) -> AttentionTrace:
+    """The attention of a variant while it reads a given translation."""
+    with variant.apply(translator.model):
+        return trace(translator, sentence, target)
+
+
+def step_table(
+    translator: Translator, sentence: str, words: list[str] | None = None, runners_up: int = 1
+) -> pd.DataFrame:
+    """Each decoding step with the interesting words: step, label, word, logit, probability, chosen.
+
+    Without `words`, those that were written and the `runners_up` likeliest others of each step.
+    """
+    ids = translator.search([translator.encode(sentence)])[0]
+    logits = step_logits(translator, sentence, ids)
+    chosen, name = [*ids, EOS], translator.tokenizer_tgt.id_to_token
+    if words is None:
+        best = logits.topk(runners_up + 1).indices.tolist()
+        interesting = list(dict.fromkeys([*chosen, *(i for step in best for i in step)]))
+    else:
+        interesting = [translator.tokenizer_tgt.token_to_id(word) for word in words]
+        if None in interesting:
+            raise InputError(f"no token {words[interesting.index(None)]!r} in the target vocabulary of this run")
+    p = logits.softmax(-1)
+    read = ["[SOS]", *(name(i) for i in ids)]
+    return pd.DataFrame([
+        {"step": t, "label": f"{t + 1}) {read[t]} → {name(chosen[t])}", "word": name(i), "logit": logits[t, i].item(),
+         "probability": p[t, i].item(), "chosen": i == chosen[t]}
+        for t in range(len(chosen)) for i in interesting
+    ])  # fmt: skip
+
+
+def step_text(table: pd.DataFrame, value: str = "logit") -> str:
+    """The step table for the terminal; the chosen word stands in brackets."""
+    words = list(dict.fromkeys(table["word"]))
+    width = max(9, *(len(word) + 1 for word in words))
+    left = max(len(label) for label in table["label"])
+    lines = [" " * left + "".join(f"{word:>{width}}" for word in words)]
+    for _, group in table.groupby("step"):
+        cells = [f"[{v:.2f}]" if mark else f"{v:.2f} " for v, mark in zip(group[value], group["chosen"], strict=True)]
+        lines.append(f"{group['label'].iloc[0]:<{left}}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def reordered(sentence: str, order: list[int]) -> str:
+    """The sentence's words in another order: reordered("I can eat apples", [2, 3, 1, 0]) is "eat apples can I"."""
+    words = sentence.split()
+    if sorted(order) != list(range(len(words))):
+        raise InputError(f"the order {order} does not name each of the {len(words)} words 0 to {len(words) - 1} once")
+    return " ".join(words[i] for i in order)
+
+
+def as_text(table: pd.DataFrame, width: int = 44) -> str:
+    """The table of variants for the terminal."""
+    numbers = [name for name in ("bleu", "exact") if name in table]
+    lines = [f"{'variant':<42} {'change':>7} {''.join(f'{name:>7}' for name in numbers)}  translation"]
+    for row in table.to_dict("records"):
+        text = row["translation"] if len(row["translation"]) <= width else row["translation"][: width - 1] + "…"
+        scores = "".join(f"{row[name]:7.1f}" for name in numbers)
+        lines.append(f"{row['variant']:<42} {row['change']:+7.1f} {scores}  {text}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def command(
+    sentence: Annotated[str | None, tyro.conf.Positional] = None,
+    /,
+    run_dir: str = "",
+    heads: bool = False,
+    split: str = "",
+    sentences: int = 200,
+    html: str = "",
+    csv: str = "",
+    device: str = "auto",
+) -> None:
+    """Takes parts of a trained run away and shows what that does to a translation.
+
+    Args:
+        sentence: what to translate with every variant
+        run_dir: the run's folder; empty: the run trained last
+        heads: also measure how much worse a split gets with each head off
+        split: also measure every variant over this split: validation or test
+        sentences: how many sentences of the split
+        html: write the results as one page that needs no network
+        csv: write the table of variants to this file, and head importance beside it
+        device: auto, cuda, mps or cpu
+    """
+    if not sentence or not sentence.strip():
+        raise InputError('give a sentence, as in python experiments.py "I can eat an apple."')
+    for path in (html, csv):
+        if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+            raise InputError(f"cannot write {path}; give the name of a file in a folder that is there")
+    translator = Translator.load(run_dir, device)
+    steps = step_table(translator, sentence)
+    print(step_text(steps) + "\n")
+    table = compare(translator, sentence)
+    importance = None
+    if heads or split:
+        pairs = load_split(translator.config, split or "validation")
+        pairs = pairs.select(range(min(sentences, len(pairs))))
+        sources, references = list(pairs["src"]), list(pairs["tgt"])
+        if split:
+            table = table.merge(measure(translator, sources, references), on="variant")
+        if heads:
+            importance = head_importance(translator, sources, references)
+    print(as_text(table))
+    if importance is not None:
+        print("\n" + importance.sort_values("bleu_drop", ascending=False).round(2).to_string(index=False))
+    for path, frame in ((csv, table), (str(Path(csv).with_suffix(".heads.csv")) if csv else "", importance)):
+        if path and frame is not None:
+            frame.to_csv(path, index=False)
+            print(f"wrote {path}", file=sys.stderr)
+    if html:
+        save_html(report_page(sentence, trace(translator, sentence), steps, table, importance), html)
+        print(f"wrote {html} ({Path(html).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(lambda argv: parse(command, argv))

@@ -1,0 +1,56 @@
+"""The notebooks run from top to bottom, hold no code of their own, and their pictures show everywhere."""
+
+import ast
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted(path.name for path in ROOT.glob("*.ipynb"))
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def has_png(cell) -> bool:
+    return any(
+        "image/png" in output.get("data", {}) or "image/gif" in output.get("data", {}) for output in cell.outputs
+    )
+
+
+def draws(cell) -> bool:
+    """Whether the cell's last line is a chart."""
+    last = ast.parse(cell.source).body[-1]
+    return isinstance(last, ast.Expr) and ast.unparse(last).startswith("charts.") and "show_in" not in ast.unparse(last)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_notebooks_are_short_run_and_show_their_pictures(name):
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    for cell in code_cells(notebook):
+        assert cell.execution_count, f"not run: {cell.source}"
+        assert len(cell.source.splitlines()) <= 12
+        assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(ast.parse(cell.source)))
+        assert not [output for output in cell.outputs if output.output_type == "error"]
+        if draws(cell):
+            assert has_png(cell), cell.source
+    text = (ROOT / name).read_text(encoding="utf8")
+    assert str(Path.home()) not in text
+    assert "/work/" not in text
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_run_from_top_to_bottom(name, trained_run, tmp_path, monkeypatch):
+    """With a run in place, as on a machine where the first cell has trained one."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "weights").mkdir()
+    shutil.copytree(trained_run, tmp_path / "weights" / "toy.en-it")
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for cell in code_cells(notebook):
+        if draws(cell):
+            assert has_png(cell), cell.source
