@@ -28,7 +28,8 @@ NOTE = "Attention shows where a head reads. It is not an explanation, and only s
 def unpack(chart: alt.Chart) -> alt.Chart:
     """A packed row into one row a weight: layer, head, row, column, weight; what is masked drops out."""
     return (
-        chart.transform_calculate(i="sequence(length(datum.w))", rows="length(datum.w) / datum.columns")
+        chart.transform_calculate(w="split(datum.w, ',')")
+        .transform_calculate(i="sequence(length(datum.w))", rows="length(datum.w) / datum.columns")
         .transform_flatten(["w", "i"])
         .transform_calculate(
             weight="datum.w / 1000", row="floor(datum.i / datum.columns)", column="datum.i % datum.columns"

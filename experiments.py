@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pandas as pd
 import torch
@@ -430,7 +430,7 @@ def command(
     /,
     run_dir: str = "",
     heads: bool = False,
-    split: str = "",
+    split: Literal["", "validation", "test"] = "",
     sentences: int = 200,
     html: str = "",
     csv: str = "",

@@ -192,14 +192,14 @@ def weights_table(
 
 
 def packed_table(trace: AttentionTrace, *place: str | int) -> pd.DataFrame:
-    """One row a head: kind, layer, head, columns (K) and `w`, its weights in thousandths, row after row.
+    """One row a head: kind, layer, head, columns (K) and `w`, its weights in thousandths, row after row, as "0,12,988".
 
     Of all heads, or with `place` of those of a kind, a layer, or the one head. A page of it is thirty
     times smaller than one of `weights_table`; the charts unpack it.
     """
     return pd.DataFrame([
         {"kind": kind, "layer": layer, "head": head, "columns": weights.shape[3],
-         "w": np.rint(1000 * weights[layer, head]).astype(int).ravel().tolist()}
+         "w": ",".join(map(str, np.rint(1000 * weights[layer, head]).astype(int).ravel()))}
         for kind, weights in trace.weights.items()
         for layer, head in np.ndindex(weights.shape[:2])
         if (kind, layer, head)[: len(place)] == place

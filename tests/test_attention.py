@@ -161,7 +161,7 @@ def test_the_long_table_has_queries_as_rows_and_no_masked_cell(kind):
 def test_the_packed_table_is_the_same_weights_in_thousandths():
     trace = random_trace(decoder_L=3)
     for line in t.packed_table(trace).itertuples():
-        w = np.array(line.w).reshape(-1, line.columns) / 1000
+        w = np.array(line.w.split(","), dtype=float).reshape(-1, line.columns) / 1000
         np.testing.assert_allclose(w, trace.weights[line.kind][line.layer, line.head], atol=5.01e-4)
 
 
@@ -313,7 +313,7 @@ def test_the_page_holds_the_models_weights(tmp_path):
     (rows,) = [rows for rows in spec["datasets"].values() if "w" in rows[0] and len({row["kind"] for row in rows}) == 3]
     assert len(rows) == 4 * (2 + 3 + 3)
     for row in rows:
-        found = np.array(row["w"]).reshape(-1, row["columns"]) / 1000
+        found = np.array(row["w"].split(","), dtype=float).reshape(-1, row["columns"]) / 1000
         np.testing.assert_allclose(found, trace.weights[row["kind"]][row["layer"], row["head"]], atol=5.01e-4)
 
 

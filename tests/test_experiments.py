@@ -1,0 +1,221 @@
+import math
+import subprocess
+import sys
+from contextlib import ExitStack
+from functools import partial
+
+import altair as alt
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+import charts
+import experiments as e
+from config import InputError
+from dataset import PAD, load_split, padding_mask
+from model import causal_mask
+from tracing import trace
+from translate import Translator
+
+SENTENCE = "I can eat an apple."
+
+
+@pytest.fixture(scope="module")
+def translator(trained_run) -> Translator:
+    return Translator.load(trained_run, "cpu")
+
+
+def scores(B: int = 2, H: int = 3, Q: int = 5, K: int = 5, causal: bool = True) -> torch.Tensor:
+    """Softmax scores, the second sentence padded by one key."""
+    torch.manual_seed(0)
+    mask = torch.ones(B, 1, Q, K, dtype=torch.bool)
+    mask[1, :, :, -1] = False
+    if causal:
+        mask = mask & causal_mask(K)
+    return torch.randn(B, H, Q, K).masked_fill(~mask, -math.inf).softmax(-1)
+
+
+CHANGES = [
+    e.unchanged,
+    e.uniform,
+    partial(e.first, k=2),
+    partial(e.last, k=2),
+    e.shuffled,
+    partial(e.pattern, weights=torch.rand(3, 9)),
+]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_rows_sum_to_one_and_never_see_what_is_masked(change, causal):
+    before = scores(causal=causal)
+    after = change(before)
+    assert torch.allclose(after.sum(-1), torch.ones(()), atol=1e-5)
+    assert (after[before == 0] == 0).all()
+
+
+def test_what_each_change_does():
+    before = scores()
+    assert torch.allclose(e.uniform(before)[0, 0, 3], torch.tensor([0.25, 0.25, 0.25, 0.25, 0]))
+    assert (e.first(before, 2)[..., 2:] == 0).all()
+    last = e.last(before, 2)
+    assert (last[0, 0, 4] > 0).tolist() == [False, False, False, True, True]
+    assert (last[1, 0, 4] > 0).tolist() == [False, False, True, True, False]  # its last key is padding
+    dealt = e.shuffled(before)
+    assert torch.allclose(dealt.sort(-1).values, before.sort(-1).values)
+    assert not torch.allclose(dealt, before)
+    head = torch.eye(4)[[1, 1, 0]]  # rows look at 1, 1, 0 and on like the last
+    assert e.pattern(scores(causal=False), head)[0, 0].argmax(-1).tolist() == [1, 1, 0, 0, 0]
+    assert not e.off(before).any()
+
+
+def outputs(translator: Translator) -> torch.Tensor:
+    source = torch.tensor([translator.encode(SENTENCE), [*translator.encode("She sleeps."), PAD, PAD, PAD]])
+    target = torch.tensor([[2, 10, 11, 12], [2, 20, 21, 22]])
+    with torch.inference_mode():
+        return translator.model(source, target, padding_mask(source), causal_mask(4))
+
+
+def test_an_identity_gives_bit_identical_output(translator):
+    plain = outputs(translator)
+    with ExitStack() as stack:
+        for kind in e.KINDS:
+            stack.enter_context(e.intervene(translator.model, e.unchanged, kind))
+        assert torch.equal(plain, outputs(translator))
+
+
+@pytest.mark.parametrize("variant", [*e.VARIANTS, e.head_off("cross", 1, 2)], ids=lambda v: v.name)
+def test_a_variant_changes_the_output_and_leaves_no_trace(translator, variant):
+    plain = outputs(translator)
+    weights = {name: w.clone() for name, w in translator.model.state_dict().items()}
+    with variant.apply(translator.model):
+        assert not torch.equal(plain, outputs(translator))
+    assert torch.equal(plain, outputs(translator))
+    assert all(torch.equal(w, weights[name]) for name, w in translator.model.state_dict().items())
+    blocks = [block for kind in translator.model.attention_blocks().values() for block in kind]
+    assert all(block.intervene is None for block in blocks)
+    assert not any(module._forward_hooks for module in translator.model.modules())
+    assert variant.says.endswith((".", "/n."))
+
+
+def test_an_error_inside_restores_the_model_too(translator):
+    plain = outputs(translator)
+    with pytest.raises(RuntimeError), e.without(translator.model, "cross_attention", "decoder"):
+        raise RuntimeError
+    assert torch.equal(plain, outputs(translator))
+
+
+def test_interventions_compose(translator):
+    """One after the other on the same head; on two heads both; a later one sees what an earlier one made."""
+    model, seen = translator.model, []
+    with e.intervene(model, e.off, "cross", [0], [1]), e.intervene(model, lambda s: seen.append(s) or s, "cross", [0]):
+        outputs(translator)
+    assert not seen[0][:, 1].any()
+    assert seen[0][:, 0].any()
+    with e.intervene(model, e.off, "cross", [0], [1]), e.intervene(model, e.off, "cross", [0], [2]):
+        both = outputs(translator)
+    with e.intervene(model, e.off, "cross", [0], [1, 2]):
+        assert torch.equal(both, outputs(translator))
+
+
+def test_variants_do_what_their_formulas_say(translator):
+    model = translator.model
+    source = torch.tensor([translator.encode(SENTENCE)])
+    mask, target = padding_mask(source), torch.tensor([[2, 10, 11]])
+    with torch.inference_mode():
+        encoder_output = model.encode(source, mask)
+        by_name = {variant.name: variant for variant in e.VARIANTS}
+        with by_name["encoder: only the residual path"].apply(model):
+            bare = model.encoder.norm(model.src_pos(model.src_embed(source)))
+            assert torch.allclose(model.encode(source, mask), bare, atol=1e-6)
+        with by_name["decoder: source copied"].apply(model):
+            assert torch.equal(model.decode(encoder_output, mask, target, causal_mask(3)), encoder_output[:, :3])
+        with by_name["encoder: no positions"].apply(model):
+            order = torch.tensor([0, 3, 1, 2, *range(4, source.size(1))])
+            moved = model.encode(source[:, order], mask)
+            assert torch.allclose(moved, model.encode(source, mask)[:, order], atol=1e-5)  # order does not matter now
+        with by_name["decoder: no cross-attention"].apply(model):
+            one, other = (model.decode(x, mask, target, causal_mask(3)) for x in (encoder_output, encoder_output * 0))
+            assert torch.equal(one, other)
+
+
+def test_plain_decoding_equals_decoding_with_a_cache(translator):
+    sentences = list(load_split(translator.config, "validation")["src"][:40])
+    assert e.translate_plainly(translator, sentences) == translator.translate(sentences)
+
+
+def test_places_that_are_not_there_are_refused(translator):
+    with pytest.raises(InputError, match="no layer 7"), e.intervene(translator.model, e.off, "cross", [7]):
+        pass
+    with pytest.raises(InputError, match="no head 9"), e.intervene(translator.model, e.off, "cross", [0], [9]):
+        pass
+    with pytest.raises(InputError, match="each of the 5 words"):
+        e.reordered(SENTENCE, [0, 1, 2])
+    with pytest.raises(InputError, match="'Quark'"):
+        e.step_table(translator, SENTENCE, ["Quark"])
+
+
+def test_one_sentence_compared(translator):
+    table = e.compare(translator, SENTENCE)
+    assert table["variant"].tolist() == ["baseline", *(variant.name for variant in e.VARIANTS)]
+    ids = translator.search([translator.encode(SENTENCE)])[0]
+    assert table["translation"][0] == translator.tokenizer_tgt.decode(ids)
+    blind = table.set_index("variant").loc["decoder: no cross-attention"]
+    assert blind["change"] < -5
+    assert " → " in blind["differs"]
+    assert e.reordered(SENTENCE, [2, 4, 1, 0, 3]) == "eat apple. can I an"
+
+
+def test_a_split_measured(translator):
+    pairs = load_split(translator.config, "validation").select(range(30))
+    table = e.measure(translator, list(pairs["src"]), list(pairs["tgt"])).set_index("variant")
+    assert table.loc["baseline", "bleu"] > 50
+    assert table.loc["decoder: no cross-attention", "bleu"] < 10
+    importance = e.head_importance(translator, list(pairs["src"]), list(pairs["tgt"]))
+    assert len(importance) == 3 * 2 * 4
+    assert importance["bleu_drop"].max() > 0
+
+
+def test_the_step_table_is_the_models_logits(translator):
+    table = e.step_table(translator, SENTENCE)
+    ids = translator.search([translator.encode(SENTENCE)])[0]
+    assert table[table["chosen"]]["word"].tolist() == [*(translator.tokenizer_tgt.id_to_token(i) for i in ids), "[EOS]"]
+    assert table.groupby("step")["logit"].max().tolist() == table[table["chosen"]]["logit"].tolist()
+    assert table["label"][0].startswith("1) [SOS] → ")
+    assert f"[{table['logit'][0]:.2f}]" in e.step_text(table)
+    whole = sum(math.log(p) for p in table[table["chosen"]]["probability"])
+    assert whole == pytest.approx(e.log_probability(translator, SENTENCE, ids), abs=1e-3)
+
+
+def test_charts_of_experiments_draw(translator, tmp_path):
+    steps, table = e.step_table(translator, SENTENCE), e.compare(translator, SENTENCE, e.VARIANTS[:3])
+    before = trace(translator, SENTENCE)
+    after = e.traced(translator, SENTENCE, table["translation"][0], e.VARIANTS[0])
+    importance = pd.DataFrame({"kind": "cross", "layer": [0, 0], "head": [0, 1], "bleu_drop": [0.5, 1.5]})
+    drawn: list[alt.TopLevelMixin] = [
+        charts.step_heat_map(steps, before),
+        charts.step_heat_map(steps, before, "probability"),
+        charts.variants_chart(table),
+        charts.difference(before, after, "encoder", 0, 0),
+        charts.importance_chart(importance),
+        charts.report_page(SENTENCE, before, steps, table, importance),
+    ]
+    for i, chart in enumerate(drawn):
+        charts.save_png(chart, tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match="different tokens"):
+        charts.difference(before, trace(translator, "She sleeps."), "encoder", 0, 0)
+
+
+def test_the_command_line(trained_run, tmp_path):
+    command = [sys.executable, str(ROOT / "experiments.py"), "--run-dir", str(trained_run)]
+    outputs = ["--csv", "t.csv", "--html", "t.html", "--heads", "--split", "test", "--sentences", "10"]
+    done = subprocess.run([*command, SENTENCE, *outputs], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "decoder: no cross-attention" in done.stdout
+    assert len(pd.read_csv(tmp_path / "t.csv")) == 1 + len(e.VARIANTS)
+    assert len(pd.read_csv(tmp_path / "t.heads.csv")) == 24
+    assert (tmp_path / "t.html").stat().st_size < 2e6
+    for bad in ([], [SENTENCE, "--html", "no/x.html"], [SENTENCE, "--split", "training"]):
+        done = subprocess.run([*command, *bad], capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
