@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from charts import report_page, save_html
 from config import InputError, parse, run_command
-from dataset import EOS, PAD, SOS, load_split, padding_mask
+from dataset import EOS, SOS, load_split, padding_mask
 from evaluate import score
 from model import Transformer, causal_mask
 from tracing import KINDS, AttentionTrace, trace
@@ -269,21 +269,21 @@ class PlainDecoder:
 
 
 @torch.inference_mode()
+def search_plainly(translator: Translator, sentences: list[str], at_once: int = 100) -> list[list[int]]:
+    """Target ids by greedy search over PlainDecoder, at most as long as Translator would make them."""
+    sources = [translator.encode(sentence) for sentence in sentences]
+    found: list[list[int]] = [[]] * len(sources)
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    for start in range(0, len(order), at_once):
+        batch = order[start : start + at_once]
+        source, limits = translator.padded([sources[i] for i in batch])
+        for i, ids in zip(batch, greedy_decode(PlainDecoder(translator.model, source), limits), strict=True):
+            found[i] = ids
+    return found
+
+
 def translate_plainly(translator: Translator, sentences: list[str]) -> list[str]:
-    """Greedy translations by PlainDecoder, at most as long as Translator would make them."""
-    ids = [translator.encode(sentence) for sentence in sentences]
-    translations = [""] * len(ids)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for start in range(0, len(order), 100):
-        batch = order[start : start + 100]
-        width = max(len(ids[i]) for i in batch)
-        source = torch.tensor([ids[i] + [PAD] * (width - len(ids[i])) for i in batch], device=translator.device)
-        limits = torch.tensor(
-            [min(2 * len(ids[i]) + 10, translator.config.seq_len) for i in batch], device=source.device
-        )
-        for i, found in zip(batch, greedy_decode(PlainDecoder(translator.model, source), limits), strict=True):
-            translations[i] = translator.tokenizer_tgt.decode(found)
-    return translations
+    return [translator.tokenizer_tgt.decode(ids) for ids in search_plainly(translator, sentences)]
 
 
 @torch.inference_mode()
@@ -307,25 +307,24 @@ def compare(translator: Translator, sentence: str, variants: list[Variant] = VAR
     `change` is that of the baseline output's log-probability, in nats; `differs` the first token that is
     not the baseline's.
     """
-    baseline = translate_plainly(translator, [sentence])[0]
-    ids = translator.search([translator.encode(sentence)])[0]
+    decode, name = translator.tokenizer_tgt.decode, translator.tokenizer_tgt.id_to_token
+    (ids,) = search_plainly(translator, [sentence])
     whole = log_probability(translator, sentence, ids)
-    lines = [
-        {"variant": "baseline", "translation": baseline, "change": 0.0, "differs": "", "says": "Nothing is changed."}
-    ]
+    nothing = {"change": 0.0, "differs": "", "says": "Nothing is changed."}
+    lines = [{"variant": "baseline", "translation": decode(ids), **nothing}]
     for variant in variants:
         with variant.apply(translator.model):
-            text = translate_plainly(translator, [sentence])[0]
+            (other,) = search_plainly(translator, [sentence])
             change = log_probability(translator, sentence, ids) - whole
-        lines.append({"variant": variant.name, "translation": text, "change": change,
-                      "differs": first_difference(translator, baseline, text), "says": variant.says})  # fmt: skip
+        differs = first_difference([*map(name, ids), "[EOS]"], [*map(name, other), "[EOS]"])
+        line = {"variant": variant.name, "translation": decode(other), "change": change, "differs": differs}
+        lines.append({**line, "says": variant.says})
     return pd.DataFrame(lines)
 
 
-def first_difference(translator: Translator, one: str, other: str) -> str:
+def first_difference(one: list[str], other: list[str]) -> str:
     """Where and how two translations part, as in "3: essen → lesen"; empty where they do not."""
-    a, b = ([*translator.tokenizer_tgt.encode(text).tokens, "[EOS]"] for text in (one, other))
-    for i, (x, y) in enumerate(zip(a, b, strict=False), start=1):
+    for i, (x, y) in enumerate(zip(one, other, strict=False), start=1):
         if x != y:
             return f"{i}: {x} → {y}"
     return ""

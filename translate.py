@@ -150,12 +150,20 @@ class Translator:
         bar.close()
         return translations
 
+    def padded(self, sources: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Source ids as one tensor (B, S), and how many tokens each translation may have (B,).
+
+        That is twice its source and ten more.
+        """
+        width = max(map(len, sources))
+        source = torch.tensor([ids + [PAD] * (width - len(ids)) for ids in sources], device=self.device)
+        limits = [min(2 * len(ids) + 10, self.config.seq_len) for ids in sources]
+        return source, torch.tensor(limits, device=self.device)
+
     @torch.inference_mode()
     def search(self, sources: list[list[int]]) -> list[list[int]]:
-        """Target ids of a batch of source ids. A translation may be twice its source and ten tokens longer."""
-        width = max(map(len, sources))
-        source = torch.tensor([ids + [PAD] * (width - len(ids)) for ids in sources], device=self.device)  # (B, S)
-        limits = torch.tensor([min(2 * len(ids) + 10, self.config.seq_len) for ids in sources], device=self.device)
+        """Target ids of a batch of source ids, by greedy search."""
+        source, limits = self.padded(sources)
         return greedy_decode(CachedDecoder(self.model, source, int(limits.max())), limits)
 
     def unknown_words(self, sentence: str) -> list[str]:

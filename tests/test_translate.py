@@ -48,8 +48,8 @@ def test_greedy_search_stops_each_sentence_at_its_end_or_limit():
     script = Script(sentences)
     assert greedy_decode(script, torch.tensor([20, 20, 20, 13])) == [[5, 6], [], [7] * 11, [8] * 13]
     assert script.asked[0] == [SOS] * 4
-    # It looks every 4 steps: two had finished at the first look, a third at the third.
-    assert [len(ids) for ids in script.asked] == [4] * 4 + [2] * 8 + [1]
+    # It looks every 4 steps: two had finished at the first look, a third at the third, the last at the fourth.
+    assert [len(ids) for ids in script.asked] == [4] * 4 + [2] * 8 + [1] * 4
 
 
 @torch.inference_mode()
