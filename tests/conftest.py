@@ -55,11 +55,20 @@ def tiny_model() -> Transformer:
     return build_transformer(50, 60, 40, 40, d_model=32, N=3, h=4, dropout=0.1, d_ff=64, decoder_N=2).eval()
 
 
+def train_one_epoch(folder: Path, lang_tgt: str) -> Path:
+    from train import train_model
+
+    quick = {"num_epochs": 1, "validation_sentences": 50, "device": "cpu"}
+    train_model(get_config("toy", run_dir=str(folder), lang_tgt=lang_tgt, **quick))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory) -> Path:
     """One epoch of the real thing on the toy corpus, shared by the tests that need a run."""
-    from train import train_model
+    return train_one_epoch(tmp_path_factory.mktemp("trained") / "run", "it")
 
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    train_model(get_config("toy", run_dir=str(folder), num_epochs=1, validation_sentences=50, device="cpu"))
-    return folder
+
+@pytest.fixture(scope="session")
+def german_run(tmp_path_factory) -> Path:
+    return train_one_epoch(tmp_path_factory.mktemp("german") / "run", "de")
