@@ -77,7 +77,7 @@ def command(
     png: str = "",
     text: bool = False,
     save: str = "",
-    trace_file: Annotated[str, tyro.conf.arg(name="trace")] = "",
+    trace_file: str = "",
     kind: Literal["encoder", "decoder", "cross"] = "cross",
     layer: int = -1,
     head: int = 0,
@@ -107,7 +107,7 @@ def command(
         if path and not Path(path).parent.is_dir():
             raise InputError(f"no folder {Path(path).parent} to write {path} into; make it first")
     if bool(sentence) == bool(trace_file):
-        raise InputError('give a sentence, as in python attention.py "I can eat an apple.", or --trace FILE')
+        raise InputError('give a sentence, as in python attention.py "I can eat an apple.", or --trace-file FILE')
     traced = (
         AttentionTrace.load(trace_file) if trace_file else trace(Translator.load(run_dir, device), sentence, target)
     )
@@ -117,13 +117,12 @@ def command(
     if save:
         traced.save(save)
         said(save)
-    if html or png:
-        if html:
-            save_page(traced, html)
-            said(html)
-        if png:
-            save_png(grid(traced, kind), png)
-            said(png)
+    if html:
+        save_page(traced, html)
+        said(html)
+    if png:
+        save_png(grid(traced, kind), png)
+        said(png)
     if text or not (html or png or save):
         layer = len(traced.weights[kind]) - 1 if layer == -1 else layer
         print("\n" + text_heat_map(traced, kind, layer, head, shutil.get_terminal_size((100, 40)).columns))

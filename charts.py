@@ -185,7 +185,7 @@ def explorer(trace: AttentionTrace) -> alt.VConcatChart:
         on="click",
         toggle=False,
         empty=False,
-        value=[{"layer": L - 1, "head": 0}],
+        value=[{"layer": len(trace.weights["cross"]) - 1, "head": 0}],
         bind={
             "layer": alt.binding_range(min=0, max=L - 1, step=1, name="layer "),
             "head": alt.binding_select(options=list(range(H)), name="head "),

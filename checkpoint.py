@@ -9,13 +9,19 @@ import hashlib
 import os
 import struct
 import sys
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from config import InputError, weights_files
+from config import MODEL_BASENAME, InputError, weights_files
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 SCHEMA = 1
 _DIGEST_LENGTH = 64  # a SHA-256 in hexadecimal
@@ -122,15 +128,31 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def sweep(run_dir: str | Path) -> None:
     """Removes the temporary files that a killed process left."""
-    for path in Path(run_dir).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    for kind in (f"{MODEL_BASENAME}*.pt", "config.json", "tokenizer_*.json", "scores.jsonl"):
+        for path in Path(run_dir).glob(f".{kind}.*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_trainer(run_dir: str | Path) -> Iterator[None]:
+    """Holds the run's lock; raises InputError where another process does. The system frees it at the process' end."""
+    path = Path(run_dir) / ".lock"
+    with path.open("w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another process is training in {run_dir}; wait for it, or choose another --run-dir"
+                ) from None
+        yield
 
 
 def set_aside(files: list[Path]) -> Path | None:
-    """Moves checkpoints into the folder set_aside beside them, never over an older one; says where."""
+    """Moves files of a run into the folder set_aside beside them, never over an older one; says where."""
     for path in files:
         folder = path.parent / "set_aside"
         folder.mkdir(exist_ok=True)
-        names = (f"{path.stem}{f'_{i}' if i else ''}.pt" for i in count())
+        names = (f"{path.stem}{f'_{i}' if i else ''}{path.suffix}" for i in count())
         os.replace(path, next(folder / name for name in names if not (folder / name).exists()))
     return files[0].parent / "set_aside" if files else None

@@ -183,7 +183,7 @@ PRESETS: dict[str, dict] = {
 }
 
 # Settings of one invocation, not of the run: a folder may move, and another machine may go on with it.
-INVOCATION_FIELDS = ("run_dir", "preload")
+INVOCATION_FIELDS = ("run_dir", "preload", "device", "num_workers")
 
 # What shapes the weights, the split or the order of the batches, so cannot change when a run goes on.
 # fmt: off
@@ -243,7 +243,7 @@ def check_values(config: Config) -> None:
     )
     for name in positive.split():
         require(0 < getattr(config, name) < math.inf, name, "give a number above 0")
-    not_negative = "batch_tokens num_workers max_steps warmup_steps weight_decay clip_norm save_every_steps validation_sentences validation_examples"
+    not_negative = "batch_tokens num_workers max_steps warmup_steps weight_decay clip_norm save_every_steps validation_sentences validation_examples seed"
     for name in not_negative.split():
         require(0 <= getattr(config, name) < math.inf, name, "give 0 or more")
     for name in ("dropout", "label_smoothing", "adam_beta2"):
@@ -327,10 +327,19 @@ def newest_run() -> Path:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes beside the target and renames, so that a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error}); free some space or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- command lines
@@ -354,7 +363,7 @@ def parse(target, argv: list[str], **options):
             raise
         raise InputError(f"{_first_paragraph(complaint.getvalue())}; --help lists the flags") from None
     if unknown:
-        flags = [f"--{name.replace('_', '-')}" for name in typing.get_type_hints(target)]
+        flags = [f"--{name.replace('_', '-')}" for name in typing.get_type_hints(target) if name != "return"]
         kind = "flag" if unknown[0].startswith("-") else "extra argument"
         raise InputError(f"unknown {kind} {unknown[0]}{did_you_mean(unknown[0], flags)}; --help lists the flags")
     return value if isinstance(target, type) else value()
@@ -387,5 +396,7 @@ def run_command(main) -> None:
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,6 +26,7 @@ from toy_corpus import LANGUAGES, SPLIT_SIZES, toy_pairs
 
 SPECIAL_TOKENS = ["[UNK]", "[PAD]", "[SOS]", "[EOS]"]
 UNK, PAD, SOS, EOS = range(4)
+DATA_VERSION = 1  # raise it when reading or encoding changes: the cache of `datasets` does not see our code
 LOCAL_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 
 # ---------------------------------------------------------------------------- sources to pairs
@@ -34,6 +35,8 @@ LOCAL_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 def load_pairs(source: str, config: Config) -> datasets.Dataset:
     """The sentence pairs of a source (see `Config`) as columns `src` and `tgt`, unfiltered, on disk."""
     name, _, split = source.partition(":")
+    if not name:
+        raise InputError(f"the source {source!r} has no name; give one such as wmt/wmt14:validation")
     if name == "toy":
         return load_toy(split or "train", config)
     if name.endswith(LOCAL_SUFFIXES):
@@ -91,13 +94,17 @@ def to_arrow(read, paths: list[Path], config: Config) -> datasets.Dataset:
     """Streams what `read` yields into an Arrow file of the datasets cache; done once for each state of the files."""
     # A tuple: a list would mean shards.
     stamps = tuple((os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
-    arguments = {"stamps": stamps, "languages": (config.lang_src, config.lang_tgt)}
+    arguments = {"stamps": stamps, "languages": (config.lang_src, config.lang_tgt), "version": DATA_VERSION}
     features = datasets.Features({"src": datasets.Value("string"), "tgt": datasets.Value("string")})
     try:
         return datasets.Dataset.from_generator(read, features=features, gen_kwargs=arguments)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
+        raise InputError(f"{paths[0]} cannot be read ({error.__cause__}); mend or convert it") from None
+    except ValueError as error:
+        if "no data" in str(error):  # what the library says of a generator that yields nothing
+            raise InputError(f"{paths[0]} holds no pair; give a file with sentences") from None
         raise
 
 
@@ -116,12 +123,12 @@ def lines_of(path: str) -> Iterator[str]:
         yield from read_lines(file, path)
 
 
-def read_aligned(stamps: tuple[tuple, ...], languages: tuple[str, str]) -> Iterator[dict]:
+def read_aligned(stamps: tuple[tuple, ...], languages: tuple[str, str], version: int) -> Iterator[dict]:
     for src, tgt in zip(*(lines_of(path) for path, *_ in stamps), strict=True):
         yield {"src": src, "tgt": tgt}
 
 
-def read_file(stamps: tuple[tuple, ...], languages: tuple[str, str]) -> Iterator[dict]:
+def read_file(stamps: tuple[tuple, ...], languages: tuple[str, str], version: int) -> Iterator[dict]:
     path = stamps[0][0]
     rows = {".tsv": read_table, ".csv": read_table, ".jsonl": read_jsonl, ".parquet": read_parquet}[Path(path).suffix]
     for number, row in enumerate(rows(path, languages), start=1):
@@ -132,11 +139,14 @@ def read_file(stamps: tuple[tuple, ...], languages: tuple[str, str]) -> Iterator
 def read_table(path: str, languages: tuple[str, str]) -> Iterator[dict]:
     """Rows of a .tsv (no quoting) or .csv. A first row that names a language is a header; else source comes first."""
     lines = lines_of(path)
-    rows = csv.reader(lines) if path.endswith(".csv") else (line.split("\t") for line in lines)
+    quoted = csv.reader(f"{line}\n" for line in lines)
+    rows = quoted if path.endswith(".csv") else (line.split("\t") for line in lines)
     header = list(languages)
     for number, cells in enumerate(rows, start=1):
         if number == 1 and set(cells) & set(languages):
             header = cells
+        elif cells in ([], [""]):  # a blank line is a blank pair
+            yield dict.fromkeys(languages, "")
         elif len(cells) < 2:
             separator = "comma" if path.endswith(".csv") else "tab"
             raise InputError(f"{path} row {number} has one column; give source {separator} target")
@@ -147,8 +157,8 @@ def read_table(path: str, languages: tuple[str, str]) -> Iterator[dict]:
 def read_jsonl(path: str, languages: tuple[str, str]) -> Iterator[dict]:
     for number, line in enumerate(lines_of(path), start=1):
         try:
-            yield json.loads(line)
-        except ValueError as error:
+            yield json.loads(line) if line.strip() else dict.fromkeys(languages, "")
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} line {number} is not JSON ({error}); give one object a line") from None
 
 
@@ -163,6 +173,7 @@ def read_parquet(path: str, languages: tuple[str, str]) -> Iterator[dict]:
 def pick(row: dict, lang: str, where: str) -> str:
     """One language of a row, which holds {"en": …} or {"translation": {"en": …}}; a missing text counts as blank."""
     texts = row.get("translation", row) if isinstance(row, dict) else {}
+    texts = texts if isinstance(texts, dict) else {}
     if lang not in texts:
         have = ", ".join(map(str, texts)) or "none"
         raise InputError(f"{where} has no language {lang!r}; it has {have}: change --lang-src or --lang-tgt")
@@ -180,7 +191,7 @@ def load_hub(name: str, split: str, config: Config) -> datasets.Dataset:
     try:
         subset = hub_subset(name, config)
         hub = datasets.load_dataset(name, subset, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, ValueError) and "split" in str(error):
             raise InputError(f"{name} has no split {split!r}: {error}") from None
         if local:
@@ -250,7 +261,10 @@ def load_split(config: Config, split: str) -> datasets.Dataset:
 
 
 def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -> Tokenizer:
-    """The run's tokenizer of a language, from its folder; or one trained on these pairs, and saved there."""
+    """The run's tokenizer of a language, from its folder; or one trained on these pairs, and saved there.
+
+    A folder without a checkpoint is no run yet, so what lies in it is not trusted.
+    """
     path = tokenizer_path(config, lang)
     if path.is_file() and latest_weights_file_path(config):
         return load_tokenizer(path)
@@ -334,7 +348,12 @@ class BilingualDataset(torch.utils.data.Dataset):
         self.encoded = pairs.map(
             encode_pairs,
             batched=True,
-            fn_kwargs={"tokenizer_src": tokenizer_src, "tokenizer_tgt": tokenizer_tgt, "seq_len": seq_len},
+            fn_kwargs={
+                "tokenizer_src": tokenizer_src,
+                "tokenizer_tgt": tokenizer_tgt,
+                "seq_len": seq_len,
+                "version": DATA_VERSION,
+            },
             features=datasets.Features(
                 pairs.features | {side: datasets.List(datasets.Value("int32")) for side in ("src_ids", "tgt_ids")}
             ),
@@ -370,7 +389,7 @@ class BilingualDataset(torch.utils.data.Dataset):
         }
 
 
-def encode_pairs(batch: dict, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer, seq_len: int) -> dict:
+def encode_pairs(batch: dict, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer, seq_len: int, version: int) -> dict:
     """Texts to ids with [SOS] and [EOS]; blank and over-long pairs drop out."""
     src_ids = [[SOS, *e.ids, EOS] for e in tokenizer_src.encode_batch_fast(batch["src"])]
     tgt_ids = [[SOS, *e.ids, EOS] for e in tokenizer_tgt.encode_batch_fast(batch["tgt"])]
@@ -381,6 +400,15 @@ def encode_pairs(batch: dict, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer
         for src, tgt, s, t in zip(*columns.values(), strict=True)
     ]
     return {name: [value for value, kept in zip(values, keep, strict=True) if kept] for name, values in columns.items()}
+
+
+def count_shared(train: datasets.Dataset, validation: datasets.Dataset) -> int:
+    """How many validation pairs also stand in the training set, where scores would flatter."""
+    held = set(zip(validation["src"], validation["tgt"], strict=True))
+    seen = set()
+    for batch in train.iter(batch_size=10_000):
+        seen |= held.intersection(zip(batch["src"], batch["tgt"], strict=True))
+    return len(seen)
 
 
 def count_blank(pairs: datasets.Dataset) -> int:

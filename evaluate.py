@@ -14,7 +14,7 @@ from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from config import InputError, parse, run_command
 from dataset import check_aligned, lines_of, load_split
-from translate import Translator
+from translate import Translator, blank_long
 
 
 def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13a") -> dict[str, float]:
@@ -46,11 +46,11 @@ def command(
     split: Literal["validation", "test"] = "validation",
     source: str = "",
     reference: str = "",
-    bleu_tokenizer: Literal["13a", "none", "intl", "char", "zh", "ja-mecab", "ko-mecab"] = "13a",
+    bleu_tokenizer: Literal["13a", "none", "intl", "char", "zh"] = "13a",
     device: str = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Translates a split, or a file, with a trained run and scores it.
+    """Translates a split, or a file, with a trained run and scores it; sentences too long for the run count as blank.
 
     Args:
         run_dir: the run's folder; empty: the run trained last
@@ -72,7 +72,7 @@ def command(
         sources, references = list(pairs["src"]), list(pairs["tgt"])
     if not sources:
         raise InputError(f"{source or split} holds no sentence")
-    predicted = translator.translate(sources, progress=True)
+    predicted = translator.translate(blank_long(translator, sources), progress=True)
     scores = score(predicted, references, bleu_tokenizer)
     what = source or f"{split} split"
     about = {"run": str(translator.config.folder), "of": what, "sentences": len(sources)}

@@ -43,7 +43,7 @@ pear pears | pera pere f | Birne Birnen f | food
 cake cakes | torta torte f | Kuchen Kuchen m | food
 potato potatoes | patata patate f | Kartoffel Kartoffeln f | food
 tomato tomatoes | pomodoro pomodori m | Tomate Tomaten f | food
-fish fish | pesce pesci m | Fisch Fische m | food
+onion onions | cipolla cipolle f | Zwiebel Zwiebeln f | food
 sandwich sandwiches | panino panini m | Brötchen Brötchen n | food
 salad salads | insalata insalate f | Salat Salate m | food
 juice juices | succo succhi m | Saft Säfte m | drink
@@ -366,7 +366,7 @@ def italian(clause: Clause) -> Words:
         core.append((clause.verb.it[1 + person], "verb" + finite_role))
     if isinstance(clause.object, NounPhrase):
         core += _italian_phrase(clause.object, "object")
-    return _frame(core + subject if clause.question == "what" else subject + core, clause, 1)
+    return _frame(core + subject if clause.question in ("what", "when") else subject + core, clause, 1)
 
 
 _GERMAN_ENDINGS = {  # of der and dieser, by gender or plural: nominative, accusative
@@ -517,11 +517,15 @@ def _random_clause(rng: random.Random) -> Clause:
     animal = not person and subject.noun.kind == "animal"
     verb = rng.choice([v for v in ALL_VERBS if v.en[0] in ANIMALS_CAN or not animal])
     modal = rng.choice(ALL_MODALS) if rng.random() < 0.4 else None
-    if question == "what" and not verb.kinds:
+    if question == "what" and verb.kinds in ((), ("person",)):  # nothing to ask for, or whom
         question = "why"
+    if question == "when" and verb.kinds and not person:  # Italian would have two nouns after the verb
+        question = "why"
+    if modal and modal.en[0] == "have_to":  # non deve is must not, rather than need not
+        clause = replace(clause, negated=False)
     obj = None
     if verb.kinds and question != "what":
-        obj = _random_phrase(rng, verb.kinds, negated)
+        obj = _random_phrase(rng, verb.kinds, clause.negated)
         if obj.noun.kind == "person" and rng.random() < 0.3:
             obj = rng.randrange(3)
     return replace(clause, verb=verb, modal=modal, object=obj, question=question)

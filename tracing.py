@@ -10,13 +10,15 @@ where a head reads, not why the model decides: it is not an explanation, and onl
 """
 
 import json
-import re
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 import torch
+from tokenizers import decoders
 
 from config import InputError
 from dataset import EOS, SOS, SPECIAL_TOKENS, padding_mask
@@ -33,7 +35,8 @@ class AttentionTrace:
 
     src_tokens  S labels, [SOS] … [EOS]
     tgt_tokens  T labels of what the decoder reads, [SOS] and then the translation
-    next_tokens T labels of what it writes, the translation and then [EOS]
+    next_tokens T labels of what it writes, the translation and then [EOS] (or what would come at the length limit)
+    next_pieces the same as the tokenizer's own pieces, which `candidates` are compared with
     src_words, tgt_words  the number of the word that each token belongs to
     weights     kind -> (L, H, Q, K) float32, softmax scores; rows sum to 1
     candidates  for each of T steps the likeliest next tokens with their log-probabilities, best first
@@ -42,6 +45,7 @@ class AttentionTrace:
     src_tokens: list[str]
     tgt_tokens: list[str]
     next_tokens: list[str]
+    next_pieces: list[str]
     src_words: list[int]
     tgt_words: list[int]
     weights: dict[str, np.ndarray]
@@ -64,11 +68,10 @@ class AttentionTrace:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 about = json.loads(str(arrays["about"]))
-                weights = {kind: arrays[kind] for kind in KINDS}
-        except (OSError, ValueError, KeyError) as error:
+                about["candidates"] = [[(token, p) for token, p in step] for step in about["candidates"]]
+                return cls(weights={kind: arrays[kind] for kind in KINDS}, **about)
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
             raise InputError(f"{path} is not a saved trace ({error}); write one with AttentionTrace.save") from None
-        about["candidates"] = [[(token, p) for token, p in step] for step in about["candidates"]]
-        return cls(weights=weights, **about)
 
 
 @torch.inference_mode()
@@ -78,6 +81,8 @@ def trace(translator: Translator, sentence: str, target: str | None = None, top:
         raise InputError("the sentence is empty; give one with at least a word")
     src_ids = translator.encode(sentence)
     tgt_ids = translator.search([src_ids])[0] if target is None else translator.tokenizer_tgt.encode(target).ids
+    if target is None:
+        tgt_ids = tgt_ids[: translator.config.seq_len - 1]
     if len(tgt_ids) + 1 > translator.config.seq_len:
         limit = translator.config.seq_len
         raise InputError(f"a target of {len(tgt_ids) + 1} tokens is longer than the {limit} (seq_len) of this run")
@@ -93,11 +98,14 @@ def trace(translator: Translator, sentence: str, target: str | None = None, top:
     best = logits[0].float().log_softmax(-1).topk(min(top, logits.size(-1)))  # (T, top)
     name_src, name_tgt = translator.tokenizer_src.id_to_token, translator.tokenizer_tgt.id_to_token
     src_tokens, tgt_tokens = [name_src(i) for i in src_ids], [name_tgt(i) for i in [SOS, *tgt_ids]]
+    final = EOS if target is not None else int(best.indices[-1, 0])
+    next_pieces = [name_tgt(i) for i in [*tgt_ids, final]]
     whole = translator.config.tokenizer == "word"
     return AttentionTrace(
         src_tokens=src_tokens,
         tgt_tokens=tgt_tokens,
-        next_tokens=[name_tgt(i) for i in [*tgt_ids, EOS]],
+        next_tokens=next_pieces,
+        next_pieces=next_pieces,
         src_words=word_numbers(src_tokens, whole),
         tgt_words=word_numbers(tgt_tokens, whole),
         weights=weights,
@@ -119,7 +127,7 @@ def word_numbers(tokens: list[str], whole: bool) -> list[int]:
     """
     numbers, alone = [], True
     for token in tokens:
-        mark = token in SPECIAL_TOKENS or re.fullmatch(r"[^\w\s▁]+", token) is not None
+        mark = token in SPECIAL_TOKENS or is_mark(token)
         starts = whole or alone or mark or token.startswith("▁")
         numbers.append((numbers[-1] + starts) if numbers else 0)
         alone = mark
@@ -139,6 +147,7 @@ def merge_words(trace: AttentionTrace) -> AttentionTrace:
         join_pieces(t, n) for t, n in ((trace.src_tokens, words["src"]), (trace.tgt_tokens, words["tgt"]))
     )
     first = [words["tgt"].index(n) for n in range(len(tgt_tokens))]
+    last = [end - 1 for end in [*first[1:], len(trace.tgt_tokens)]]  # where the next word's first piece is chosen
     return replace(
         trace,
         src_tokens=src_tokens,
@@ -147,16 +156,23 @@ def merge_words(trace: AttentionTrace) -> AttentionTrace:
         src_words=list(range(len(src_tokens))),
         tgt_words=list(range(len(tgt_tokens))),
         weights=weights,
-        # A word's last piece is where the next word's first piece is chosen.
-        candidates=[trace.candidates[end - 1] for end in [*first[1:], len(trace.tgt_tokens)]],
+        candidates=[trace.candidates[i] for i in last],
+        next_pieces=[trace.next_pieces[i] for i in last],
     )
 
 
 def join_pieces(tokens: list[str], numbers: list[int]) -> list[str]:
-    words = [""] * (numbers[-1] + 1)
+    """The words as text, also those spelt in bytes."""
+    words = [[] for _ in range(numbers[-1] + 1)]
     for token, number in zip(tokens, numbers, strict=True):
-        words[number] += token
-    return [word.replace("▁", "") or "▁" for word in words]
+        words[number].append(token)
+    return [decoders.ByteFallback().decode(pieces).replace("▁", "") or "▁" for pieces in words]
+
+
+def is_mark(token: str) -> bool:
+    """Whether a token is punctuation or symbols only."""
+    text = token.strip("▁")
+    return text != "" and token not in SPECIAL_TOKENS and all(unicodedata.category(c)[0] in "PS" for c in text)
 
 
 # ---------------------------------------------------------------------------- tables
@@ -259,7 +275,7 @@ def steps_table(trace: AttentionTrace) -> pd.DataFrame:
     """The candidates of each decoding step: step, read, written, rank, token, log_probability, probability, chosen."""
     return pd.DataFrame([
         {"step": step, "read": trace.tgt_tokens[step], "written": trace.next_tokens[step], "rank": rank, "token": token,
-         "log_probability": p, "probability": float(np.exp(p)), "chosen": token == trace.next_tokens[step]}
+         "log_probability": p, "probability": float(np.exp(p)), "chosen": token == trace.next_pieces[step]}
         for step, candidates in enumerate(trace.candidates)
         for rank, (token, p) in enumerate(candidates, start=1)
     ])  # fmt: skip
@@ -286,7 +302,7 @@ def scorecard(trace: AttentionTrace) -> pd.DataFrame:
             "previous": q - 1 == k,
             "[SOS]": (keys == "[SOS]")[None, :],
             "[EOS]": (keys == "[EOS]")[None, :],
-            "punctuation": np.array([re.fullmatch(r"▁?[^\w\s▁\[\]]+", key) is not None for key in columns])[None, :],
+            "punctuation": np.array([is_mark(key) for key in columns])[None, :],
         }
         measures = {
             "entropy": -(weights * np.log2(np.maximum(weights, 1e-12))).sum(3).mean(2),

@@ -7,10 +7,12 @@ optimizer step adds up the gradients of `accumulation_steps` batches; its loss i
 their target tokens divided by the number of those tokens, so padding and batch sizes do not tilt it.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -27,7 +29,16 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, load_newest, load_weights, save_checkpoint, set_aside, sweep
+from checkpoint import (
+    DamagedCheckpoint,
+    load_checkpoint,
+    load_newest,
+    load_weights,
+    only_trainer,
+    save_checkpoint,
+    set_aside,
+    sweep,
+)
 from config import (
     FIXED_FIELDS,
     Config,
@@ -38,12 +49,13 @@ from config import (
     run_command,
     save_config,
     weights_files,
+    write_atomically,
 )
-from dataset import PAD, BilingualDataset, get_ds, make_batches, make_loader, tokenizer_path
+from dataset import PAD, BilingualDataset, count_shared, get_ds, load_split, make_batches, make_loader, tokenizer_path
 from evaluate import format_scores, score
-from translate import Translator, get_device, get_model
+from translate import Translator, check_tokenizers, get_device, get_model
 
-LOG_EVERY = 10  # optimizer steps between looks at the loss; each look makes a GPU wait
+LOG_EVERY = 10  # optimizer steps between two lines of the log
 
 
 def token_loss(logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -187,9 +199,11 @@ def choose_precision(config: Config, device: torch.device) -> str:
 def start(config: Config) -> Run:
     """Everything up to the first step: checkpoint found, data prepared, model built or restored."""
     device = get_device(config.device)
-    check_writable(config.folder)
-    sweep(config.folder)
-    state, path = choose_checkpoint(config)
+    state, path, in_the_way = choose_checkpoint(config)
+    # Bad input has to come to light before anything is written or moved.
+    shared = count_shared(load_split(config, "train"), load_split(config, "validation"))
+    if state is None and in_the_way:
+        print(f"preload none: an earlier run's checkpoints were moved to {set_aside(in_the_way)}")
     train, validation, tokenizer_src, tokenizer_tgt = get_ds(config)
     torch.manual_seed(config.seed)
     model = get_model(config, tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()).to(device)
@@ -208,10 +222,17 @@ def start(config: Config) -> Run:
         progress=Progress(),
     )
     describe(run)
+    if shared:
+        print(
+            f"warning: {shared:,} validation pairs also stand in the training set, so scores will flatter",
+            file=sys.stderr,
+        )
     if state:
         restore(run, state, path)
+        if in_the_way:
+            print(f"preload {config.preload}: later checkpoints were moved to {set_aside(in_the_way)}")
     save_config(config)
-    run.writer = SummaryWriter(str(config.folder / "tensorboard"), purge_step=run.progress.step)
+    run.writer = SummaryWriter(str(config.folder / "tensorboard"), purge_step=run.progress.step + 1)
     return run
 
 
@@ -263,9 +284,11 @@ def save(run: Run, path: str | Path) -> None:
             ],
         },
     )
-    # What was saved within an epoch is superseded by what was saved later.
-    for old in weights_files(config.folder):
-        if "_step_" in old.name and old != Path(path):
+    # What was saved within an epoch is superseded by what was saved later, but for one to fall back on.
+    within = [file for file in weights_files(config.folder) if "_step_" in file.name]
+    keep = within[-2:] if Path(path) in within else []
+    for old in within:
+        if old not in keep:
             old.unlink(missing_ok=True)
 
 
@@ -278,7 +301,11 @@ def save_within_epoch(run: Run) -> Path:
 
 def rng_state() -> dict:
     """State of the generators that dropout draws from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+    }
 
 
 def corpus_fingerprint(dataset: BilingualDataset) -> str:
@@ -287,13 +314,12 @@ def corpus_fingerprint(dataset: BilingualDataset) -> str:
     return f"{len(dataset)} pairs {hashlib.sha256(lengths.astype(np.int32).tobytes()).hexdigest()[:16]}"
 
 
-def choose_checkpoint(config: Config) -> tuple[dict | None, Path | None]:
-    """The state to go on from, as `preload` says. Files that would get in the way are set aside, never deleted."""
+def choose_checkpoint(config: Config) -> tuple[dict | None, Path | None, list[Path]]:
+    """The state to go on from, as `preload` says, its file, and the files that would get in the way."""
     files = weights_files(config.folder)
     if config.preload == "none":
-        if files:
-            print(f"preload none: {len(files)} checkpoints of an earlier run were moved to {set_aside(files)}")
-        return None, None
+        scores = config.folder / "scores.jsonl"
+        return None, None, files + [scores] * scores.is_file()
     if config.preload == "latest":
         found = load_newest(config.folder)
     else:
@@ -301,14 +327,16 @@ def choose_checkpoint(config: Config) -> tuple[dict | None, Path | None]:
         if path not in files:
             have = ", ".join(p.name for p in files) or "none"
             raise InputError(f"no checkpoint {path}; there are {have}")
-        found = path, load_checkpoint(path)
+        try:
+            found = path, load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            raise InputError(f"{path} is damaged ({error}); choose another epoch, or --preload latest") from None
     if found is None:
-        return None, None
+        return None, None, []
     path, state = found
     check_same_run(config, state["config"], path)
-    if later := files[files.index(path) + 1 :] if config.preload != "latest" else []:
-        print(f"preload {config.preload}: {len(later)} later checkpoints were moved to {set_aside(later)}")
-    return state, path
+    later = files[files.index(path) + 1 :] if config.preload != "latest" else []
+    return state, path, later
 
 
 def check_same_run(config: Config, saved: dict, path: Path) -> None:
@@ -333,14 +361,33 @@ def restore(run: Run, state: dict, path: Path) -> None:
             f"the corpus has changed since {path} was saved ({before} training pairs then, {len(run.train)} now); "
             "restore it, or train in another --run-dir"
         )
+    check_tokenizers(run.config, state, path)
     load_weights(run.model, state["model"])
+    settings = [
+        {name: group[name] for name in ("weight_decay", "betas", "fused")} for group in run.optimizer.param_groups
+    ]
     run.optimizer.load_state_dict(state["optimizer"])
+    for group, mine in zip(run.optimizer.param_groups, settings, strict=True):
+        group.update(mine)  # what the command line says now, not what it said then
     run.progress = Progress(**state["progress"])
     torch.set_rng_state(state["rng"]["cpu"])
     if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+    if torch.backends.mps.is_available() and state["rng"]["mps"] is not None:
+        torch.mps.set_rng_state(state["rng"]["mps"])
     where = f"batch {run.progress.batch} of epoch" if run.progress.batch else "the start of epoch"
+    drop_later_scores(run)
     print(f"going on     from {path.name}, at {where} {run.progress.epoch}, step {run.progress.step:,}")
+
+
+def drop_later_scores(run: Run) -> None:
+    """Takes from scores.jsonl what an earlier try wrote past the step that the run goes on from."""
+    path = run.config.folder / "scores.jsonl"
+    if path.is_file():
+        lines = path.read_text(encoding="utf8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= run.progress.step]
+        if kept != lines:
+            write_atomically(path, "".join(kept))
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -387,7 +434,11 @@ def train_epoch(run: Run) -> None:
         total=len(batches), initial=progress.batch, unit="batch", desc=f"Epoch {progress.epoch:02d}", dynamic_ncols=True
     ) as bar:
         while group := list(islice(loader, config.accumulation_steps)):
-            meter.add(*train_step(run, group))
+            try:
+                meter.add(*train_step(run, group))
+            except torch.OutOfMemoryError:
+                sizes = " and ".join(f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in group)
+                raise InputError(f"out of memory in a batch of {sizes}; lower --batch-tokens, or --seq-len") from None
             progress.batch += len(group)
             progress.step += 1
             bar.update(len(group))
@@ -409,11 +460,11 @@ class Meter:
         self.clear()
 
     def clear(self) -> None:
-        self.loss, self.norm, self.tokens, self.steps, self.since = 0.0, 0.0, 0, 0, time.perf_counter()
+        self.loss, self.norm, self.tokens, self.since = 0.0, 0.0, 0, time.perf_counter()
 
     def add(self, loss: Tensor, norm: Tensor, tokens: int) -> None:
         self.loss, self.norm = self.loss + loss * tokens, norm
-        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
+        self.tokens += tokens
 
     def log(self) -> str:
         """Loss is the mean since the last look, in nats a target token; speed in target tokens a second."""
@@ -434,7 +485,11 @@ class Meter:
 def stop_at_step_boundary(run: Run) -> Iterator[None]:
     """Ctrl-C or SIGTERM asks the loop to save and stop; the second one stops at once."""
 
+    trainer = os.getpid()
+
     def ask(number: int, frame) -> None:
+        if os.getpid() != trainer:  # a worker that prepares batches inherits this; it ends with the trainer
+            return
         run.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
         tqdm.write(f"{signal.Signals(number).name}: saving after this step; once more stops at once", file=sys.stderr)
@@ -448,14 +503,34 @@ def stop_at_step_boundary(run: Run) -> Iterator[None]:
 
 
 def train_model(config: Config) -> Run:
-    """Trains, or goes on training, the run in `config.folder`."""
-    run = start(config)
+    """Trains, or goes on training, the run in `config.folder`; the model it returns is ready to translate."""
+    check_writable(config.folder)
+    new = not config.folder.exists()
+    config.folder.mkdir(parents=True, exist_ok=True)
+    with only_trainer(config.folder):
+        sweep(config.folder)
+        try:
+            run = start(config)
+        except InputError:
+            if new:  # bad input leaves nothing behind
+                shutil.rmtree(config.folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    config.folder.parent.rmdir()  # weights/, if it was made for this run
+            raise
+        train_to_the_end(run)
+    run.model.eval()
+    return run
+
+
+def train_to_the_end(run: Run) -> None:
+    """Epoch after epoch, each saved, then validated."""
+    config = run.config
     if run.progress.step and run.progress.batch == 0 and not validated(run):
         run_validation(run)
     if run.done():
         done = f"{run.progress.epoch} epochs and {run.progress.step:,} steps are done"
         print(f"nothing left to train: {done}; raise --num-epochs or --max-steps to go on")
-        return run
+        return
     run.model.train()
     begun = time.perf_counter()
     with stop_at_step_boundary(run):
@@ -471,7 +546,6 @@ def train_model(config: Config) -> Run:
                 run_validation(run)
     run.writer.close()
     print(f"trained in {time.perf_counter() - begun:.0f} s")
-    return run
 
 
 def trained_run(run_dir: str, preset: str = "toy", **overrides) -> str:

@@ -115,6 +115,7 @@ class Translator:
                 f"the run {config.folder} has no checkpoint yet; "
                 f"train it with python train.py --run-dir {config.folder}"
             )
+        check_tokenizers(config, found[1], found[0])
         tokenizers = [load_tokenizer(tokenizer_path(config, lang)) for lang in (config.lang_src, config.lang_tgt)]
         model = get_model(config, *(t.get_vocab_size() for t in tokenizers))
         try:
@@ -127,7 +128,10 @@ class Translator:
 
     def encode(self, sentence: str) -> list[int]:
         """Ids with [SOS] and [EOS]. Raises InputError past the model's seq_len."""
-        ids = [SOS, *self.tokenizer_src.encode(sentence).ids, EOS]
+        try:
+            ids = [SOS, *self.tokenizer_src.encode(sentence).ids, EOS]
+        except TypeError:  # bytes of the command line that were no text
+            raise InputError(f"{sentence!r} is not UTF-8; give text in that encoding") from None
         if len(ids) > self.config.seq_len:
             raise InputError(
                 f"a sentence of {len(ids)} tokens is longer than the {self.config.seq_len} (seq_len) "
@@ -172,6 +176,16 @@ class Translator:
         return [sentence[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == UNK]
 
 
+def check_tokenizers(config: Config, state: dict, path: Path) -> None:
+    """The tokenizers in the run's folder are those that the checkpoint was trained with."""
+    for lang, text in zip((config.lang_src, config.lang_tgt), state["tokenizers"], strict=True):
+        file = tokenizer_path(config, lang)
+        if load_tokenizer(file).to_str() != Tokenizer.from_str(text).to_str():
+            raise InputError(
+                f"{file} is not the tokenizer that {path.name} was trained with; copy the run's folder again"
+            )
+
+
 def translate(sentence: str, run_dir: str = "") -> str:
     """One sentence through a trained run."""
     return Translator.load(run_dir).translate([sentence])[0]
@@ -179,16 +193,22 @@ def translate(sentence: str, run_dir: str = "") -> str:
 
 def translate_lines(translator: Translator, lines: Iterable[str], at_once: int) -> Iterator[str]:
     """Lines in, lines out, in order. A line too long for the run comes out blank, with a warning."""
-    lines, number = iter(lines), 0
+    lines, done = iter(lines), 0
     while chunk := list(islice(lines, at_once)):
-        for i, line in enumerate(chunk):
-            number += 1
-            try:
-                translator.encode(line)
-            except InputError as error:
-                print(f"warning: line {number} is left blank: {error}", file=sys.stderr)
-                chunk[i] = ""
-        yield from translator.translate(chunk)
+        yield from translator.translate(blank_long(translator, chunk, done))
+        done += len(chunk)
+
+
+def blank_long(translator: Translator, lines: list[str], done: int = 0) -> list[str]:
+    """The lines with those too long for the run made blank, each with a warning; `done` lines came before."""
+    readable = list(lines)
+    for i, line in enumerate(lines):
+        try:
+            translator.encode(line)
+        except InputError as error:
+            print(f"warning: line {done + i + 1} is left blank: {error}", file=sys.stderr)
+            readable[i] = ""
+    return readable
 
 
 def command(

@@ -45,9 +45,8 @@ def random_trace(L: int = 2, H: int = 3, S: int = 7, T: int = 5, decoder_L: int 
     src = ["[SOS]", *(f"s{i // 2}" for i in range(S - 2)), "[EOS]"]
     tgt = ["[SOS]", *(f"t{i // 2}" for i in range(T - 1))]
     candidates = [[(token, -0.1), ("other", -2.5)] for token in [*tgt[1:], "[EOS]"]]
-    return AttentionTrace(
-        src, tgt, [*tgt[1:], "[EOS]"], [*range(S)], [*range(T)], weights, candidates, "weights/random"
-    )
+    following, numbers = [*tgt[1:], "[EOS]"], ([*range(S)], [*range(T)])
+    return AttentionTrace(src, tgt, following, following, *numbers, weights, candidates, "weights/random")
 
 
 # ---------------------------------------------------------------------------- traces
@@ -89,11 +88,13 @@ def test_a_trace_is_saved_whole(traced, tmp_path):
     loaded = AttentionTrace.load(tmp_path / "trace.npz")
     for kind in KINDS:
         np.testing.assert_array_equal(loaded.weights[kind], traced.weights[kind])
-    for name in ("src_tokens", "tgt_tokens", "next_tokens", "src_words", "candidates", "run"):
+    for name in ("src_tokens", "tgt_tokens", "next_tokens", "next_pieces", "src_words", "candidates", "run"):
         assert getattr(loaded, name) == getattr(traced, name)
-    (tmp_path / "bad.npz").write_bytes(b"no")
-    with pytest.raises(InputError, match=r"bad\.npz is not a saved trace"):
-        AttentionTrace.load(tmp_path / "bad.npz")
+    whole = (tmp_path / "trace.npz").read_bytes()
+    for bad in (b"no", b"", whole[: len(whole) // 2]):
+        (tmp_path / "bad.npz").write_bytes(bad)
+        with pytest.raises(InputError, match=r"bad\.npz is not a saved trace"):
+            AttentionTrace.load(tmp_path / "bad.npz")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,7 @@ def test_sentences_that_cannot_be_traced(translator, sentence, target, words):
         (["[SOS]", "▁l", "'", "uomo", "▁a", "[EOS]"], [0, 1, 2, 3, 4, 5]),
         (["[SOS]", "▁", "<0xF0>", "<0x9F>", "▁b", "c"], [0, 1, 1, 1, 2, 2]),
         (["a", "b"], [0, 0]),
+        (["[SOS]", "▁हि", "ं", "दी"], [0, 1, 1, 1]),
     ],
 )
 def test_pieces_make_words(tokens, numbers):
@@ -338,7 +340,7 @@ def test_the_command_line(trained_run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "wrote p.html (" in done.stdout
-    again = shell("--trace", "t.npz", "--text", "--words", cwd=tmp_path)
+    again = shell("--trace-file", "t.npz", "--text", "--words", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "cross attention, layer 1, head 0" in again.stdout
     assert "[SOS] →" in again.stdout
@@ -348,7 +350,7 @@ def test_the_command_line(trained_run, tmp_path):
     ("arguments", "words"),
     [
         ([], "give a sentence"),
-        (["--trace", "none.npz"], "none.npz"),
+        (["--trace-file", "none.npz"], "none.npz"),
         (["--html", ".", "hi"], "folder"),
         (["--png", "no/x.png", "hi"], "no folder no"),
     ],

@@ -104,7 +104,9 @@ def test_compiled_and_distributed_prefixes_load(prefix):
 
 def test_orphans_are_swept_and_set_aside_never_overwrites(tmp_path):
     (tmp_path / ".tmodel_03.pt.99.tmp").touch()
+    (tmp_path / ".mine.tmp").mkdir()
     c.sweep(tmp_path)
+    (tmp_path / ".mine.tmp").rmdir()  # what is not ours stays
     for content in (b"a", b"b"):
         file = tmp_path / "tmodel_00.pt"
         file.write_bytes(content)

@@ -56,6 +56,7 @@ def test_a_run_folder_brings_its_own_config(tmp_path):
         ({"num_epochs": 0}, ["num_epochs"]),
         ({"batch_size": -1}, ["batch_size", "-1"]),
         ({"seq_len": 2}, ["seq_len", "3"]),
+        ({"seed": -1}, ["seed", "-1"]),
         ({"lr_schedule": "cosin"}, ["lr_schedule", "cosine"]),
         ({"lang_src": "../en"}, ["lang_src", "../en"]),
         ({"lang_src": ".."}, ["lang_src"]),

@@ -96,6 +96,11 @@ def test_a_missing_language_is_named_with_those_there(tmp_path, kind):
         ({"a.jsonl": '{"en": 1, "it": "1"}\n'}, "a.jsonl", ["row 1", "string"]),
         ({"a.jsonl": '[1]\n'}, "a.jsonl", ["row 1", "en"]),
         ({"a.parquet": "no"}, "a.parquet", ["Parquet"]),
+        ({"a.tsv": ""}, "a.tsv", ["a.tsv holds no pair"]),
+        ({"a.en": "", "a.it": ""}, "a", ["holds no pair"]),
+        ({"a.jsonl": '{"translation": null}\n'}, "a.jsonl", ["row 1", "en"]),
+        ({"a.jsonl": '{"translation": "en it"}\n'}, "a.jsonl", ["row 1", "en"]),
+        ({}, ":train", ["no name"]),
     ],
 )  # fmt: skip
 def test_bad_corpora_are_named_in_one_line(tmp_path, monkeypatch, files, source, words):
@@ -119,6 +124,19 @@ def test_only_newlines_end_lines_and_marks_and_returns_are_dropped(tmp_path):
     (tmp_path / "a.it").write_text("uno\ndue\n")
     pairs = load_pairs(str(tmp_path / "a"), get_config("toy"))
     assert list(pairs["src"]) == ["one\u2028more", "two"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.tsv", "one\tuno\n\n"), ("a.jsonl", '{"en": "one", "it": "uno"}\n\n')])
+def test_blank_lines_are_blank_pairs(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    pairs = load_pairs(str(tmp_path / name), get_config("toy"))
+    assert list(pairs["src"]) == ["one", ""]
+    assert d.count_blank(pairs) == 1
+
+
+def test_a_quoted_cell_keeps_its_newline(tmp_path):
+    (tmp_path / "a.csv").write_text('"one\ntwo",uno\n')
+    assert list(load_pairs(str(tmp_path / "a.csv"), get_config("toy"))["src"]) == ["one\ntwo"]
 
 
 def test_a_changed_file_is_read_again(tmp_path):

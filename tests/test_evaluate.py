@@ -36,6 +36,15 @@ def test_a_split_and_two_files(trained_run, tmp_path):
     assert {"bleu", "chrf", "cer", "wer", "exact", "signature"} <= set(found)
 
 
+def test_a_sentence_too_long_for_the_run_counts_as_blank(trained_run, tmp_path, capsys):
+    (tmp_path / "a.en").write_text("She sleeps.\n" + "I " * 80 + "\n")
+    (tmp_path / "a.it").write_text("Dorme.\nIo\n")
+    command(run_dir=str(trained_run), source=str(tmp_path / "a.en"), reference=str(tmp_path / "a.it"))
+    out = capsys.readouterr()
+    assert "line 2 is left blank" in out.err
+    assert "2 sentences" in out.out
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -12,10 +12,11 @@ import torch
 from conftest import ROOT
 
 import train as t
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, only_trainer
 from config import Config, InputError, get_config, weights_files
 from dataset import PAD
 from train import learning_rate, token_loss, train_model
+from translate import Translator
 
 
 def test_loss_is_smoothed_cross_entropy_summed_over_tokens_without_padding():
@@ -47,7 +48,7 @@ def test_one_epoch_of_the_toy_corpus_translates_held_out_pairings(trained_run):
     (scores,) = [json.loads(line) for line in (trained_run / "scores.jsonl").read_text().splitlines()]
     assert scores["bleu"] > 50
     assert scores["loss"] < 1
-    names = {path.name for path in trained_run.iterdir()}
+    names = {path.name for path in trained_run.iterdir() if not path.name.startswith(".")}
     assert names == {
         "config.json",
         "scores.jsonl",
@@ -167,7 +168,7 @@ def test_every_part_of_the_state_is_needed(tiny_config, tmp_path, field, monkeyp
     assert not same(end, final_state(config))
 
 
-def test_saving_within_an_epoch_leaves_the_newest_alone(tiny_config, monkeypatch):
+def test_saving_within_an_epoch_keeps_one_to_fall_back_on(tiny_config, monkeypatch):
     seen = []
     save = t.save
     monkeypatch.setattr(
@@ -175,7 +176,8 @@ def test_saving_within_an_epoch_leaves_the_newest_alone(tiny_config, monkeypatch
     )
     train_model(replace(tiny_config, save_every_steps=3, num_epochs=1))
     assert seen[0] == ["tmodel_00_step_00000003.pt"]
-    assert all(len(names) == 1 for names in seen)
+    assert seen[1] == ["tmodel_00_step_00000003.pt", "tmodel_00_step_00000006.pt"]
+    assert all(len(names) <= 2 for names in seen)
     assert seen[-1] == ["tmodel_00.pt"]
 
 
@@ -215,9 +217,72 @@ def test_a_changed_corpus_is_noticed(tiny_config):
 def test_training_afresh_sets_the_old_run_aside(tiny_config, capsys):
     train_model(tiny_config)
     train_model(replace(tiny_config, preload="none", d_ff=96, num_epochs=1))
-    assert "2 checkpoints of an earlier run were moved" in capsys.readouterr().out
+    assert "an earlier run's checkpoints were moved to" in capsys.readouterr().out
     assert [p.name for p in weights_files(tiny_config.folder)] == ["tmodel_00.pt"]
-    assert len(list((tiny_config.folder / "set_aside").iterdir())) == 2
+    aside = {path.name for path in (tiny_config.folder / "set_aside").iterdir()}
+    assert aside == {"tmodel_00.pt", "tmodel_01.pt", "scores.jsonl"}
+    with pytest.raises(InputError, match=r"none\.tsv"):  # bad input moves nothing
+        train_model(replace(tiny_config, preload="none", datasource="none.tsv"))
+    assert [p.name for p in weights_files(tiny_config.folder)] == ["tmodel_00.pt"]
+    assert translated(tiny_config)
+
+
+def translated(config: Config) -> bool:
+    return len(Translator.load(config.folder, "cpu").translate(["She sleeps."])) == 1
+
+
+def test_a_second_trainer_is_refused(tiny_config):
+    tiny_config.folder.mkdir()
+    with only_trainer(tiny_config.folder), pytest.raises(InputError, match="another process is training"):
+        train_model(tiny_config)
+    train_model(replace(tiny_config, max_steps=1))
+
+
+def test_other_tokenizers_are_refused(tiny_config):
+    train_model(tiny_config)
+    path = tiny_config.folder / "tokenizer_it.json"
+    path.write_text(path.read_text(encoding="utf8").replace('"[EOS]": 3', '"[EOS]": 4'), encoding="utf8")
+    for use in (
+        lambda: train_model(replace(tiny_config, num_epochs=3)),
+        lambda: Translator.load(tiny_config.folder, "cpu"),
+    ):
+        with pytest.raises(InputError, match=r"tokenizer_it\.json is not"):
+            use()
+
+
+def test_a_damaged_epoch_asked_for_is_named(tiny_config):
+    train_model(tiny_config)
+    Path(weights_files(tiny_config.folder)[0]).write_bytes(b"")
+    with pytest.raises(InputError, match=r"tmodel_00\.pt is damaged"):
+        train_model(replace(tiny_config, preload="0"))
+
+
+def test_new_optimizer_settings_hold_after_going_on(tiny_config):
+    train_model(tiny_config)
+    run = t.start(replace(tiny_config, weight_decay=0.5, adam_beta2=0.9))
+    assert run.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert run.optimizer.param_groups[1]["betas"] == (0.9, 0.9)
+    assert run.optimizer.state
+
+
+def test_pairs_in_both_training_and_validation_are_said(tiny_config, capsys):
+    train_model(replace(tiny_config, validation_source=tiny_config.datasource, max_steps=1))
+    assert "validation pairs also stand in the training set" in capsys.readouterr().err
+
+
+def test_a_trained_model_is_ready_to_translate(tiny_config):
+    assert not train_model(tiny_config).model.training
+    assert not train_model(tiny_config).model.training  # also where nothing was left to train
+
+
+def test_curves_survive_a_resume(tiny_config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_model(tiny_config)
+    train_model(replace(tiny_config, num_epochs=3))
+    events = EventAccumulator(str(tiny_config.folder / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("validation/loss")) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_config):
