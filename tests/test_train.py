@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 import train as t
+import training_run as r
 from checkpoint import load_checkpoint, only_trainer
 from config import Config, InputError, get_config, weights_files
 from dataset import PAD
@@ -78,7 +79,7 @@ def test_a_handful_of_pairs_is_learnt_by_heart(tmp_path, pairs_file):
     model = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "tokenizer": "bpe", "vocab_size": 400}
     steps = {"num_epochs": 120, "warmup_steps": 20, "lr": 5e-3, "batch_tokens": 4096, "device": "cpu"}
     config = get_config("toy", run_dir=str(tmp_path / "run"), datasource=few, validation_source=few, **model, **steps)
-    run = t.start(config)
+    run = r.start(config)
     batch = run.train[list(range(12))]
     losses = []
     for step in range(run.total_steps):
@@ -94,12 +95,12 @@ def test_a_handful_of_pairs_is_learnt_by_heart(tmp_path, pairs_file):
 
 def test_accumulated_batches_make_the_same_step_as_one(tiny_config):
     """Loss a token over the whole step: cutting a batch in unequal parts changes nothing."""
-    run = t.start(replace(tiny_config, dropout=0.0))
+    run = r.start(replace(tiny_config, dropout=0.0))
     weights = {name: w.clone() for name, w in run.model.state_dict().items()}
     steps = []
     for parts in ([list(range(12))], [list(range(2)), list(range(2, 12))]):
         run.model.load_state_dict(weights)
-        run.optimizer = t.make_optimizer(run.model, run.config, run.device)
+        run.optimizer = r.make_optimizer(run.model, run.config, run.device)
         loss, norm, tokens = t.train_step(run, [run.train[part] for part in parts])
         steps.append((loss.item(), norm.item(), tokens))
     assert steps[0] == pytest.approx(steps[1], rel=1e-4)
@@ -152,28 +153,31 @@ def test_every_part_of_the_state_is_needed(tiny_config, tmp_path, field, monkeyp
     config = replace(tiny_config, lr_schedule="constant")
     train_model(config)
     end = final_state(config)
-    restore = t.restore
+    restore = r.restore
 
     def without(run, state, path):
         fresh = {
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "progress": {"epoch": state["progress"]["epoch"], "batch": 1, "step": 0},
-            "rng": t.rng_state(),
+            "rng": r.rng_state(),
         }
         restore(run, {**state, field: fresh[field]}, path)
 
-    monkeypatch.setattr(t, "restore", without)
+    monkeypatch.setattr(r, "restore", without)
     train_model(replace(config, preload="0"))
     assert not same(end, final_state(config))
 
 
 def test_saving_within_an_epoch_keeps_one_to_fall_back_on(tiny_config, monkeypatch):
-    seen = []
-    save = t.save
-    monkeypatch.setattr(
-        t, "save", lambda run, path: (save(run, path), seen.append([p.name for p in weights_files(run.config.folder)]))
-    )
+    seen, save = [], r.save
+
+    def watched(run, path):
+        save(run, path)
+        seen.append([file.name for file in weights_files(run.config.folder)])
+
+    for module in (t, r):
+        monkeypatch.setattr(module, "save", watched)
     train_model(replace(tiny_config, save_every_steps=3, num_epochs=1))
     assert seen[0] == ["tmodel_00_step_00000003.pt"]
     assert seen[1] == ["tmodel_00_step_00000003.pt", "tmodel_00_step_00000006.pt"]
@@ -259,7 +263,7 @@ def test_a_damaged_epoch_asked_for_is_named(tiny_config):
 
 def test_new_optimizer_settings_hold_after_going_on(tiny_config):
     train_model(tiny_config)
-    run = t.start(replace(tiny_config, weight_decay=0.5, adam_beta2=0.9))
+    run = r.start(replace(tiny_config, weight_decay=0.5, adam_beta2=0.9))
     assert run.optimizer.param_groups[0]["weight_decay"] == 0.5
     assert run.optimizer.param_groups[1]["betas"] == (0.9, 0.9)
     assert run.optimizer.state
@@ -286,7 +290,7 @@ def test_curves_survive_a_resume(tiny_config):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_config):
-    run = t.start(tiny_config)
+    run = r.start(tiny_config)
     batch = run.train[[0, 1]]
     with torch.no_grad():
         run.model.encoder.norm.weight[0] = float("inf")

@@ -1,0 +1,272 @@
+"""A training run: what the loop has at hand, how it begins, how it is saved, how it goes on to the bit."""
+
+import hashlib
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from checkpoint import DamagedCheckpoint, load_checkpoint, load_newest, load_weights, save_checkpoint, set_aside
+from config import FIXED_FIELDS, Config, InputError, get_weights_file_path, save_config, weights_files, write_atomically
+from dataset import BilingualDataset, count_shared, get_ds, load_split, make_batches, tokenizer_path
+from translate import Translator, check_tokenizers, get_device, get_model
+
+
+@dataclass
+class Progress:
+    """Where the run stands: the batch of the epoch that comes next, and the optimizer steps made."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+
+
+@dataclass
+class Run:
+    """What the loop needs at hand."""
+
+    config: Config
+    device: torch.device
+    precision: str
+    train: BilingualDataset
+    validation: BilingualDataset
+    translator: Translator
+    optimizer: torch.optim.Optimizer
+    total_steps: int
+    progress: Progress
+    writer: SummaryWriter | None = None
+    stop_signal: int | None = field(default=None)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.translator.model
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def inputs(self, batch: dict) -> list[Tensor]:
+        """The model's four arguments, on its device."""
+        names = ("encoder_input", "decoder_input", "encoder_mask", "decoder_mask")
+        return [batch[name].to(self.device, non_blocking=True) for name in names]
+
+    def done(self) -> bool:
+        progress, config = self.progress, self.config
+        return progress.epoch >= config.num_epochs or 0 < config.max_steps <= progress.step
+
+
+def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, not on biases and norms."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=1e-9, fused=device.type != "mps")
+
+
+def choose_precision(config: Config, device: torch.device) -> str:
+    """bf16 on a GPU with units for it (compute capability 8 and up); on a CPU casting costs more than it saves."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+
+
+def start(config: Config) -> Run:
+    """Everything up to the first step: checkpoint found, data prepared, model built or restored."""
+    device = get_device(config.device)
+    state, path, in_the_way = choose_checkpoint(config)
+    # Bad input has to come to light before anything is written or moved.
+    shared = count_shared(load_split(config, "train"), load_split(config, "validation"))
+    if state is None and in_the_way:
+        print(f"preload none: an earlier run's checkpoints were moved to {set_aside(in_the_way)}")
+    train, validation, tokenizer_src, tokenizer_tgt = get_ds(config)
+    torch.manual_seed(config.seed)
+    model = get_model(config, tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()).to(device)
+    optimizer = make_optimizer(model, config, device)
+    steps_per_epoch = math.ceil(len(make_batches(train, config, epoch=0)) / config.accumulation_steps)
+    total_steps = steps_per_epoch * config.num_epochs
+    run = Run(
+        config=config,
+        device=device,
+        precision=choose_precision(config, device),
+        train=train,
+        validation=validation,
+        translator=Translator(model, config, tokenizer_src, tokenizer_tgt),
+        optimizer=optimizer,
+        total_steps=min(total_steps, config.max_steps or total_steps),
+        progress=Progress(),
+    )
+    describe(run)
+    if shared:
+        print(
+            f"warning: {shared:,} validation pairs also stand in the training set, so scores will flatter",
+            file=sys.stderr,
+        )
+    if state:
+        restore(run, state, path)
+        if in_the_way:
+            print(f"preload {config.preload}: later checkpoints were moved to {set_aside(in_the_way)}")
+    save_config(config)
+    run.writer = SummaryWriter(str(config.folder / "tensorboard"), purge_step=run.progress.step + 1)
+    return run
+
+
+def describe(run: Run) -> None:
+    """Says what will be trained on what, before any waiting."""
+    config, device = run.config, run.device
+    names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: f"{torch.get_num_threads()} threads"}
+    name = names.get(device.type, lambda _: "Apple GPU")(device)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    sizes = run.translator.tokenizer_src.get_vocab_size(), run.translator.tokenizer_tgt.get_vocab_size()
+    print(f"device       {device.type} ({name}), {run.precision}")
+    print(f"run          {config.folder}")
+    print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
+    print(f"             {len(run.train):,} pairs to train on, {len(run.validation):,} to validate on")
+    for part, data in (("training", run.train), ("validation", run.validation)):
+        if data.skipped_blank or data.skipped_long:
+            print(f"             left out of {part}: {data.skipped_blank:,} pairs with a blank side,", end=" ")
+            print(f"{data.skipped_long:,} with over {config.seq_len} tokens (--seq-len)")
+    print(f"model        {parameters:,} parameters, {sizes[0]:,} source and {sizes[1]:,} target tokens")
+    print(f"training     {run.total_steps:,} steps, {config.num_epochs} epochs at most")
+
+
+def check_writable(folder: Path) -> None:
+    """Before any waiting, and without making the folder yet: bad input should leave nothing behind."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file; choose another --run-dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write into {there}; mend its permissions or choose another --run-dir")
+
+
+# ---------------------------------------------------------------------------- saving and going on
+
+
+def save(run: Run, path: str | Path) -> None:
+    """Everything that a run needs to go on as if it had never stopped."""
+    config, progress = run.config, run.progress
+    save_checkpoint(
+        path,
+        {
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "progress": asdict(progress),
+            "rng": rng_state(),
+            "config": asdict(config),
+            "corpus": corpus_fingerprint(run.train),
+            "tokenizers": [
+                tokenizer_path(config, lang).read_text(encoding="utf8") for lang in (config.lang_src, config.lang_tgt)
+            ],
+        },
+    )
+    # What was saved within an epoch is superseded by what was saved later, but for one to fall back on.
+    within = [file for file in weights_files(config.folder) if "_step_" in file.name]
+    keep = within[-2:] if Path(path) in within else []
+    for old in within:
+        if old not in keep:
+            old.unlink(missing_ok=True)
+
+
+def save_within_epoch(run: Run) -> Path:
+    stem = get_weights_file_path(run.config, run.progress.epoch).removesuffix(".pt")
+    path = Path(f"{stem}_step_{run.progress.step:08d}.pt")
+    save(run, path)
+    return path
+
+
+def rng_state() -> dict:
+    """State of the generators that dropout draws from."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+    }
+
+
+def corpus_fingerprint(dataset: BilingualDataset) -> str:
+    """Notices a corpus that has changed under a run: the lengths of all its sentences, in order."""
+    lengths = np.stack([dataset.src_lengths, dataset.tgt_lengths])
+    return f"{len(dataset)} pairs {hashlib.sha256(lengths.astype(np.int32).tobytes()).hexdigest()[:16]}"
+
+
+def choose_checkpoint(config: Config) -> tuple[dict | None, Path | None, list[Path]]:
+    """The state to go on from, as `preload` says, its file, and the files that would get in the way."""
+    files = weights_files(config.folder)
+    if config.preload == "none":
+        scores = config.folder / "scores.jsonl"
+        return None, None, files + [scores] * scores.is_file()
+    if config.preload == "latest":
+        found = load_newest(config.folder)
+    else:
+        path = Path(get_weights_file_path(config, config.preload))
+        if path not in files:
+            have = ", ".join(p.name for p in files) or "none"
+            raise InputError(f"no checkpoint {path}; there are {have}")
+        try:
+            found = path, load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            raise InputError(f"{path} is damaged ({error}); choose another epoch, or --preload latest") from None
+    if found is None:
+        return None, None, []
+    path, state = found
+    check_same_run(config, state["config"], path)
+    later = files[files.index(path) + 1 :] if config.preload != "latest" else []
+    return state, path, later
+
+
+def check_same_run(config: Config, saved: dict, path: Path) -> None:
+    """What shapes the weights or the order of the data cannot change within a run."""
+    changed = [
+        f"{name} {saved[name]!r} there, {getattr(config, name)!r} now"
+        for name in FIXED_FIELDS
+        if saved[name] != getattr(config, name)
+    ]
+    if changed:
+        raise InputError(
+            f"{path} was trained with other settings: {'; '.join(changed)}; "
+            "give the old ones, another --run-dir, or --preload none"
+        )
+
+
+def restore(run: Run, state: dict, path: Path) -> None:
+    """Puts a saved state back, to the bit."""
+    if state["corpus"] != corpus_fingerprint(run.train):
+        before = state["corpus"].split()[0]
+        raise InputError(
+            f"the corpus has changed since {path} was saved ({before} training pairs then, {len(run.train)} now); "
+            "restore it, or train in another --run-dir"
+        )
+    check_tokenizers(run.config, state, path)
+    load_weights(run.model, state["model"])
+    settings = [
+        {name: group[name] for name in ("weight_decay", "betas", "fused")} for group in run.optimizer.param_groups
+    ]
+    run.optimizer.load_state_dict(state["optimizer"])
+    for group, mine in zip(run.optimizer.param_groups, settings, strict=True):
+        group.update(mine)  # what the command line says now, not what it said then
+    run.progress = Progress(**state["progress"])
+    torch.set_rng_state(state["rng"]["cpu"])
+    if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+    if torch.backends.mps.is_available() and state["rng"]["mps"] is not None:
+        torch.mps.set_rng_state(state["rng"]["mps"])
+    where = f"batch {run.progress.batch} of epoch" if run.progress.batch else "the start of epoch"
+    drop_later_scores(run)
+    print(f"going on     from {path.name}, at {where} {run.progress.epoch}, step {run.progress.step:,}")
+
+
+def drop_later_scores(run: Run) -> None:
+    """Takes from scores.jsonl what an earlier try wrote past the step that the run goes on from."""
+    path = run.config.folder / "scores.jsonl"
+    if path.is_file():
+        lines = path.read_text(encoding="utf8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= run.progress.step]
+        if kept != lines:
+            write_atomically(path, "".join(kept))
