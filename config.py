@@ -139,7 +139,7 @@ PRESETS: dict[str, dict] = {
         "d_model": 128,
         "encoder_layers": 2,
         "decoder_layers": 2,
-        "num_heads": 4,
+        "num_heads": 8,
         "d_ff": 256,
         "dropout": 0.0,
         "num_epochs": 4,

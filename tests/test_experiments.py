@@ -173,7 +173,7 @@ def test_a_split_measured(translator):
     assert table.loc["baseline", "bleu"] > 50
     assert table.loc["decoder: no cross-attention", "bleu"] < 10
     importance = e.head_importance(translator, list(pairs["src"]), list(pairs["tgt"]))
-    assert len(importance) == 3 * 2 * 4
+    assert len(importance) == 3 * 2 * 8
     assert importance["bleu_drop"].max() > 0
 
 
@@ -214,7 +214,7 @@ def test_the_command_line(trained_run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "decoder: no cross-attention" in done.stdout
     assert len(pd.read_csv(tmp_path / "t.csv")) == 1 + len(e.VARIANTS)
-    assert len(pd.read_csv(tmp_path / "t.heads.csv")) == 24
+    assert len(pd.read_csv(tmp_path / "t.heads.csv")) == 48
     assert (tmp_path / "t.html").stat().st_size < 2e6
     for bad in ([], [SENTENCE, "--html", "no/x.html"], [SENTENCE, "--split", "training"]):
         done = subprocess.run([*command, *bad], capture_output=True, text=True, cwd=tmp_path)
