@@ -479,12 +479,18 @@ def importance_chart(importance: pd.DataFrame, value: str = "bleu_drop") -> alt.
 
 
 def report_page(
-    sentence: str, trace: AttentionTrace, steps: pd.DataFrame, table: pd.DataFrame, importance: pd.DataFrame | None
+    sentence: str,
+    trace: AttentionTrace,
+    corrupted: AttentionTrace,
+    steps: pd.DataFrame,
+    table: pd.DataFrame,
+    importance: pd.DataFrame | None,
 ) -> alt.VConcatChart:
-    """Everything that experiments.py found, one below the other."""
-    parts = [step_heat_map(steps, trace), variants_chart(table)] + (
-        [importance_chart(importance)] if importance is not None else []
-    )
+    """Everything that experiments.py found; `corrupted` is the trace with uniform cross-attention."""
+    uniform = difference(trace, corrupted, "cross", len(trace.weights["cross"]) - 1, 0)
+    parts = [step_heat_map(steps, trace), variants_chart(table), uniform]
+    if importance is not None:
+        parts.append(importance_chart(importance))
     title = alt.TitleParams(sentence, subtitle=[f"run {trace.run}", NOTE], anchor="start", fontSize=16)
     return alt.vconcat(*parts, spacing=40).resolve_scale(color="independent").properties(title=title)
 

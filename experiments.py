@@ -238,6 +238,9 @@ VARIANTS: list[Variant] = [
 ]
 
 
+UNIFORM_CROSS = next(variant for variant in VARIANTS if variant.name == "cross: uniform")
+
+
 def head_off(kind: str, layer: int, head: int) -> Variant:
     """One head alone switched off."""
     says = f"Head {head} of layer {layer} adds nothing: a_ij = 0."
@@ -358,7 +361,7 @@ def head_importance(translator: Translator, sources: list[str], references: list
     return places.assign(bleu_drop=whole["bleu"] - rest["bleu"], exact_drop=whole["exact"] - rest["exact"])
 
 
-def traced(translator: Translator, sentence: str, target: str, variant: Variant) -> AttentionTrace:
+def traced(translator: Translator, sentence: str, target: str | list[int], variant: Variant) -> AttentionTrace:
     """The attention of a variant while it reads a given translation."""
     with variant.apply(translator.model):
         return trace(translator, sentence, target)
@@ -473,7 +476,8 @@ def command(
             frame.to_csv(path, index=False)
             print(f"wrote {path}", file=sys.stderr)
     if html:
-        save_html(report_page(sentence, trace(translator, sentence), steps, table, importance), html)
+        corrupted = traced(translator, sentence, translator.search([translator.encode(sentence)])[0], UNIFORM_CROSS)
+        save_html(report_page(sentence, trace(translator, sentence), corrupted, steps, table, importance), html)
         print(f"wrote {html} ({Path(html).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
 
 

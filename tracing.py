@@ -75,14 +75,15 @@ class AttentionTrace:
 
 
 @torch.inference_mode()
-def trace(translator: Translator, sentence: str, target: str | None = None, top: int = 5) -> AttentionTrace:
-    """Translates the sentence (or takes `target` as its translation), then reads it back once while recording."""
+def trace(translator: Translator, sentence: str, target: str | list[int] | None = None, top: int = 5) -> AttentionTrace:
+    """Translates the sentence, or takes `target` (text or ids) as its translation, and reads it back recording."""
     if not sentence.strip():
         raise InputError("the sentence is empty; give one with at least a word")
     src_ids = translator.encode(sentence)
-    tgt_ids = translator.search([src_ids])[0] if target is None else translator.tokenizer_tgt.encode(target).ids
     if target is None:
-        tgt_ids = tgt_ids[: translator.config.seq_len - 1]
+        tgt_ids = translator.search([src_ids])[0][: translator.config.seq_len - 1]
+    else:
+        tgt_ids = target if isinstance(target, list) else translator.tokenizer_tgt.encode(target).ids
     if len(tgt_ids) + 1 > translator.config.seq_len:
         limit = translator.config.seq_len
         raise InputError(f"a target of {len(tgt_ids) + 1} tokens is longer than the {limit} (seq_len) of this run")
@@ -348,6 +349,23 @@ def alignment_errors(translator: Translator, pairs: list[Pair]) -> pd.DataFrame:
         for (layer, head, shift), n in counts.items()
     ]
     return pd.DataFrame(lines).sort_values("error").reset_index(drop=True)
+
+
+def describe(trace: AttentionTrace, kind: str) -> str:
+    """What the recorded tensor of a kind means, said with its own largest weight off the special tokens."""
+    weights, (rows, columns) = trace.weights[kind], trace.labels(kind)
+    plain = np.outer(
+        [token not in SPECIAL_TOKENS for token in rows], [token not in SPECIAL_TOKENS for token in columns]
+    )
+    layer, head, row, column = np.unravel_index((weights * plain).argmax(), weights.shape)
+    L, H, Q, K = weights.shape
+    place, weight = f"{layer}, {head}, {row}", weights[layer, head, row, column]
+    return (
+        f"{kind}: {weights.shape} is {L} layers, {H} heads, {Q} rows that look, {K} columns looked at.\n"
+        f"weights[{place}, {column}] = {weight:.3f}: in layer {layer}, head {head}, position {row} ({rows[row]!r}) "
+        f"takes that share of what it gathers from position {column} ({columns[column]!r}).\n"
+        f"weights[{place}] is one distribution: it sums to {weights[layer, head, row].sum():.6f}."
+    )
 
 
 def check_rows(trace: AttentionTrace, tolerance: float = 1e-4) -> float:

@@ -167,6 +167,14 @@ def test_the_packed_table_is_the_same_weights_in_thousandths():
         np.testing.assert_allclose(w, trace.weights[line.kind][line.layer, line.head], atol=5.01e-4)
 
 
+def test_the_tensor_is_explained_with_one_of_its_own_weights():
+    trace = random_trace()
+    text = t.describe(trace, "cross")
+    assert "(2, 3, 5, 7) is 2 layers, 3 heads, 5 rows that look, 7 columns looked at" in text
+    place, weight = re.search(r"weights\[(.*?)\] = ([\d.]+)", text).groups()
+    assert trace.weights["cross"][tuple(map(int, place.split(", ")))] == pytest.approx(float(weight), abs=1e-3)
+
+
 def test_mean_and_rollout_keep_rows_that_sum_to_one():
     trace = random_trace()
     assert t.check_rows(t.mean_over_heads(trace)) < 1e-5

@@ -199,7 +199,14 @@ def test_charts_of_experiments_draw(translator, tmp_path):
         charts.variants_chart(table),
         charts.difference(before, after, "encoder", 0, 0),
         charts.importance_chart(importance),
-        charts.report_page(SENTENCE, before, steps, table, importance),
+        charts.report_page(
+            SENTENCE,
+            before,
+            e.traced(translator, SENTENCE, table["translation"][0], e.UNIFORM_CROSS),
+            steps,
+            table,
+            importance,
+        ),
     ]
     for i, chart in enumerate(drawn):
         charts.save_png(chart, tmp_path / f"{i}.png")
