@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -204,7 +205,9 @@ class Meter:
 @contextlib.contextmanager
 def stop_at_step_boundary(run: Run) -> Iterator[None]:
     """Ctrl-C or SIGTERM asks the loop to save and stop; the second one stops at once."""
-
+    if threading.current_thread() is not threading.main_thread():  # Python lets only that one handle signals
+        yield
+        return
     trainer = os.getpid()
 
     def ask(number: int, frame) -> None:

@@ -119,7 +119,7 @@ def start(config: Config) -> Run:
 
 
 def describe(run: Run) -> None:
-    """Says what will be trained on what, before any waiting."""
+    """Says what will be trained on what, and where."""
     config, device = run.config, run.device
     names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: f"{torch.get_num_threads()} threads"}
     name = names.get(device.type, lambda _: "Apple GPU")(device)
