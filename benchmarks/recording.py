@@ -25,10 +25,8 @@ ROUNDS, STEPS = 15, 10
 
 
 def attend_without_seams(self, query, key, value, mask):
-    if not self.written_out_is_faster(query, key):
-        p = self.dropout.p if self.training else 0.0
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)
-    return self.dropout(self.scores(query, key, mask)) @ value
+    p = self.dropout.p if self.training else 0.0
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)
 
 
 def main() -> None:
