@@ -210,7 +210,10 @@ def load_hub(name: str, split: str, config: Config) -> datasets.Dataset:
         rows = batch.get("translation") or [
             dict(zip(languages, texts, strict=True)) for texts in zip(*(batch[lang] for lang in languages), strict=True)
         ]
-        return {side: [row[lang] or "" for row in rows] for side, lang in zip(("src", "tgt"), languages, strict=True)}
+        return {
+            side: [(row or {}).get(lang) or "" for row in rows]
+            for side, lang in zip(("src", "tgt"), languages, strict=True)
+        }
 
     return hub.map(columns, batched=True, remove_columns=hub.column_names, desc=f"Reading {name}")
 

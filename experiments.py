@@ -79,7 +79,7 @@ def uniform(scores: Tensor) -> Tensor:
 
 def first(scores: Tensor, k: int = 1) -> Tensor:
     """a_ij = 0 unless j is among the first k positions that i may attend to, then rescaled to sum to 1."""
-    allowed = scores > 0  # the softmax gives masked positions exactly 0 and others more
+    allowed = scores > 0  # masked positions have exactly 0, others more, short of underflow
     return renormalized(scores, allowed & (allowed.cumsum(-1) <= k))
 
 

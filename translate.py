@@ -226,9 +226,10 @@ def command(
     """
     translator = Translator.load(run_dir, device)
     if sentence is not None:
+        (translation,) = translator.translate([sentence])
         if unknown := translator.unknown_words(sentence):
             print(f"warning: this run has never seen {', '.join(unknown)}", file=sys.stderr)
-        print(translator.translate([sentence])[0])
+        print(translation)
         return
     if sys.stdin.isatty():
         print("Type a sentence, then Enter; Ctrl-D ends.", file=sys.stderr)

@@ -74,6 +74,14 @@ def test_every_form_of_corpus_gives_the_same_pairs(tmp_path, kind, reverse):
     assert list(zip(*(list(pairs[side]) for side in sides), strict=True)) == ROWS
 
 
+def test_a_null_translation_is_a_blank_pair(tmp_path):
+    rows = pa.table({"translation": [{"en": "One.", "it": "Uno."}, None, {"en": "Two.", "it": None}]})
+    pq.write_table(rows, tmp_path / "train.parquet")
+    pairs = load_pairs(str(tmp_path), get_config("toy"))
+    assert list(pairs["src"]) == ["One.", "", "Two."]
+    assert d.count_blank(pairs) == 2
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_missing_language_is_named_with_those_there(tmp_path, kind):
     source = write(tmp_path, kind)

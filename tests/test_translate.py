@@ -130,6 +130,8 @@ def test_the_command_line(trained_run, translator, tmp_path):
     bad = shell(*run, input=b"She sleeps.\n\xff\n")
     assert (bad.returncode, bad.stderr.count(b"\n")) == (2, 1)
     assert b"stdin line 2 is not UTF-8" in bad.stderr
+    garbled = shell(*run, b"\xff\xfe ab")
+    assert (garbled.returncode, garbled.stderr.count(b"\n")) == (2, 1)
     none = shell("She sleeps.", cwd=tmp_path)
     assert (none.returncode, none.stdout, none.stderr.count(b"\n")) == (2, b"", 1)
     assert b"no trained run" in none.stderr
