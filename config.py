@@ -59,7 +59,9 @@ class Config:
     decoder_layers: int = 6               # blocks in the decoder
     num_heads: int = 8                    # attention heads in a block (H)
     d_ff: int = 2_048                     # width inside the feed-forward block
-    dropout: float = 0.1                  # share of activations zeroed in training
+    dropout: float = 0.1                  # share of activations zeroed in training: of embeddings and sublayers
+    attention_dropout: float = 0.1        # of the attention weights
+    feed_forward_dropout: float = 0.1     # of the feed-forward block's inner activations
     share_embeddings: Literal["none", "target", "all"] = "all"  # which share one matrix: target embedding and projection; source too
 
     num_epochs: int = 20                  # passes over the training pairs
@@ -72,6 +74,7 @@ class Config:
     label_smoothing: float = 0.1          # probability spread evenly over the vocabulary
     accumulation_steps: int = 1           # batches added up for one optimizer step
     clip_norm: float = 1.0                # longest gradient; 0: not clipped
+    ema_decay: float = 0.0                # of the moving average of the weights that translates; 0: none is kept
     seed: int = 42                        # of the split, the order, the weights and the dropout
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA, then Apple's MPS, then CPU
@@ -105,6 +108,8 @@ class Config:
             "decoder_N": self.decoder_layers,
             "h": self.num_heads,
             "dropout": self.dropout,
+            "attention_dropout": self.attention_dropout,
+            "feed_forward_dropout": self.feed_forward_dropout,
             "d_ff": self.d_ff,
             "share_embeddings": self.share_embeddings,
         }
@@ -142,6 +147,8 @@ PRESETS: dict[str, dict] = {
         "num_heads": 8,
         "d_ff": 256,
         "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "feed_forward_dropout": 0.0,
         "num_epochs": 4,
         "lr": 3e-3,
         "lr_schedule": "cosine",
@@ -161,6 +168,8 @@ PRESETS: dict[str, dict] = {
         "num_heads": 4,
         "d_ff": 256,
         "dropout": 0.3,
+        "attention_dropout": 0.0,
+        "feed_forward_dropout": 0.0,
         "batch_tokens": 2_048,  # a quarter of the paper's, so that a laptop sees German words after two epochs
         "num_epochs": 140,
         "lr": 3e-3,
@@ -189,7 +198,7 @@ INVOCATION_FIELDS = ("run_dir", "preload", "device", "num_workers")
 # fmt: off
 FIXED_FIELDS = (
     "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "batch_tokens", "batch_size",
-    "accumulation_steps", "seed", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "share_embeddings",
+    "accumulation_steps", "seed", "ema_decay", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "share_embeddings",
 )
 # fmt: on
 
@@ -246,7 +255,7 @@ def check_values(config: Config) -> None:
     not_negative = "batch_tokens num_workers max_steps warmup_steps weight_decay clip_norm save_every_steps validation_sentences validation_examples seed"
     for name in not_negative.split():
         require(0 <= getattr(config, name) < math.inf, name, "give 0 or more")
-    for name in ("dropout", "label_smoothing", "adam_beta2"):
+    for name in ("dropout", "attention_dropout", "feed_forward_dropout", "label_smoothing", "adam_beta2", "ema_decay"):
         require(0 <= getattr(config, name) < 1, name, "give a number from 0 up to, not including, 1")
     require(0 < config.validation_fraction < 1, "validation_fraction", "give a number between 0 and 1")
     require(config.seq_len >= 3, "seq_len", "give 3 or more: [SOS], a word, [EOS]")

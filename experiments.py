@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from charts import report_page, save_html
 from config import InputError, parse, run_command
-from dataset import EOS, SOS, load_split, padding_mask
+from corpus import load_split
+from dataset import EOS, SOS, padding_mask
 from evaluate import score
 from model import Transformer, causal_mask
 from tracing import KINDS, AttentionTrace, trace

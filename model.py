@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops import Dropout
+
 
 def causal_mask(size: int, device: torch.device | str | None = None) -> Tensor:
     """(1, T, T), True on and below the diagonal: a position sees itself and what came before."""
@@ -42,7 +44,7 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, d_model: int, seq_len: int, dropout: float):
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         position = torch.arange(seq_len).unsqueeze(1)  # (seq_len, 1)
         frequency = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10_000.0) / d_model))  # (D / 2)
         pe = torch.zeros(seq_len, d_model)
@@ -108,7 +110,7 @@ class MultiHeadAttentionBlock(nn.Module):
         self.w_k = nn.Linear(d_model, d_model, bias=False)
         self.w_v = nn.Linear(d_model, d_model, bias=False)
         self.w_o = nn.Linear(d_model, d_model, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.record = False
         self.intervene: Callable[[Tensor], Tensor] | None = None
         self.attention_scores: Tensor | None = None
@@ -130,8 +132,9 @@ class MultiHeadAttentionBlock(nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Context (B, H, Q, d_k), by the fused kernel unless somebody wants the scores."""
         self.attention_scores = None
-        if not (self.record or self.intervene):
-            p = self.dropout.p if self.training else 0.0
+        p = self.dropout.p if self.training else 0.0
+        slow_dropout = p > 0 and query.device.type == "cpu"  # the kernel draws it on one thread there
+        if not (self.record or self.intervene or slow_dropout):
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)
         scores = self.scores(query, key, mask)
         if self.intervene:
@@ -155,7 +158,7 @@ class FeedForwardBlock(nn.Module):
     def __init__(self, d_model: int, d_ff: int, dropout: float):
         super().__init__()
         self.linear_1 = nn.Linear(d_model, d_ff)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.linear_2 = nn.Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +171,7 @@ class ResidualConnection(nn.Module):
     def __init__(self, d_model: int, dropout: float):
         super().__init__()
         self.norm = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         return x + self.dropout(sublayer(self.norm(x)))
@@ -177,10 +180,12 @@ class ResidualConnection(nn.Module):
 class EncoderBlock(nn.Module):
     """Self-attention, then feed-forward."""
 
-    def __init__(self, d_model: int, h: int, d_ff: int, dropout: float):
+    def __init__(
+        self, d_model: int, h: int, d_ff: int, dropout: float, attention_dropout: float, feed_forward_dropout: float
+    ):
         super().__init__()
-        self.self_attention_block = MultiHeadAttentionBlock(d_model, h, dropout)
-        self.feed_forward_block = FeedForwardBlock(d_model, d_ff, dropout)
+        self.self_attention_block = MultiHeadAttentionBlock(d_model, h, attention_dropout)
+        self.feed_forward_block = FeedForwardBlock(d_model, d_ff, feed_forward_dropout)
         self.residual_connections = nn.ModuleList([ResidualConnection(d_model, dropout) for _ in range(2)])
 
     def forward(self, x: Tensor, src_mask: Tensor) -> Tensor:
@@ -205,11 +210,13 @@ class Encoder(nn.Module):
 class DecoderBlock(nn.Module):
     """Masked self-attention, cross-attention over the encoder's output, then feed-forward."""
 
-    def __init__(self, d_model: int, h: int, d_ff: int, dropout: float):
+    def __init__(
+        self, d_model: int, h: int, d_ff: int, dropout: float, attention_dropout: float, feed_forward_dropout: float
+    ):
         super().__init__()
-        self.self_attention_block = MultiHeadAttentionBlock(d_model, h, dropout)
-        self.cross_attention_block = MultiHeadAttentionBlock(d_model, h, dropout)
-        self.feed_forward_block = FeedForwardBlock(d_model, d_ff, dropout)
+        self.self_attention_block = MultiHeadAttentionBlock(d_model, h, attention_dropout)
+        self.cross_attention_block = MultiHeadAttentionBlock(d_model, h, attention_dropout)
+        self.feed_forward_block = FeedForwardBlock(d_model, d_ff, feed_forward_dropout)
         self.residual_connections = nn.ModuleList([ResidualConnection(d_model, dropout) for _ in range(3)])
 
     def forward(
@@ -304,12 +311,18 @@ class Transformer(nn.Module):
         """(B, T, D): logits (B, T, V)."""
         return self.projection_layer(x)
 
+    def hidden(
+        self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
+    ) -> Tensor:
+        """Teacher forcing up to the projection: (B, T, D)."""
+        encoder_output = self.encode(encoder_input, encoder_mask)
+        return self.decode(encoder_output, encoder_mask, decoder_input, decoder_mask)
+
     def forward(
         self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
     ) -> Tensor:
         """Teacher forcing: logits (B, T, V) of the token after each position of decoder_input."""
-        encoder_output = self.encode(encoder_input, encoder_mask)
-        return self.project(self.decode(encoder_output, encoder_mask, decoder_input, decoder_mask))
+        return self.project(self.hidden(encoder_input, decoder_input, encoder_mask, decoder_mask))
 
     def new_caches(self, capacity: int) -> list[tuple[KVCache, KVCache]]:
         """An empty (self, cross) pair of caches for each decoder layer, for up to `capacity` target tokens."""
@@ -348,15 +361,19 @@ def build_transformer(
     d_ff: int = 2048,
     decoder_N: int | None = None,
     share_embeddings: str = "none",
+    attention_dropout: float | None = None,
+    feed_forward_dropout: float | None = None,
 ) -> Transformer:
     """A Transformer with fresh weights, Xavier-uniform (Glorot and Bengio, 2010) in every matrix.
 
-    N blocks in the encoder, `decoder_N` (or N) in the decoder. `share_embeddings` (section 3.4):
+    N blocks in the encoder, `decoder_N` (or N) in the decoder. `dropout` is that of the residual stream
+    and the embeddings; inside attention and feed-forward it is the same unless given. `share_embeddings` (section 3.4):
     "target", the target embedding and the projection are one matrix; "all", the source embedding too,
     which takes one vocabulary for both languages (ValueError where the sizes differ).
     """
-    encoder = Encoder([EncoderBlock(d_model, h, d_ff, dropout) for _ in range(N)], d_model)
-    decoder = Decoder([DecoderBlock(d_model, h, d_ff, dropout) for _ in range(decoder_N or N)], d_model)
+    inside = [dropout if p is None else p for p in (attention_dropout, feed_forward_dropout)]
+    encoder = Encoder([EncoderBlock(d_model, h, d_ff, dropout, *inside) for _ in range(N)], d_model)
+    decoder = Decoder([DecoderBlock(d_model, h, d_ff, dropout, *inside) for _ in range(decoder_N or N)], d_model)
     transformer = Transformer(
         encoder,
         decoder,

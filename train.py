@@ -22,7 +22,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,20 +29,21 @@ from checkpoint import only_trainer, sweep
 from config import Config, InputError, get_config, get_weights_file_path, parse_config, run_command, weights_files
 from dataset import PAD, make_batches, make_loader
 from evaluate import format_scores, score
-from training_run import Run, check_writable, save, save_within_epoch, start
+from model import Transformer
+from ops import fused_loss
+from training_run import Run, check_writable, save, save_within_epoch, start, update_average
 
 LOG_EVERY = 10  # optimizer steps between two lines of the log
 
 
-def token_loss(logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy summed over the target tokens: logits (B, T, V), label (B, T), padding not counted.
-
-    With smoothing the target is 1 - smoothing on the label and the rest spread over all V tokens
-    (section 5.4; Szegedy et al., 2016, section 7).
-    """
-    return F.cross_entropy(
-        logits.flatten(0, 1), label.flatten(), ignore_index=PAD, label_smoothing=smoothing, reduction="sum"
-    )
+def batch_loss(run: Run, model: Transformer, batch: dict, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy in nats, summed over the batch's target tokens; padding is left out before the projection."""
+    label = batch["label"].flatten()  # (B T)
+    real = (label != PAD).nonzero().squeeze(1)  # (N,), found where the batch was made: no device has to wait
+    real, label = (tensor.to(run.device, non_blocking=True) for tensor in (real, label[real]))
+    with run.autocast():
+        x = model.hidden(*run.inputs(batch)).flatten(0, 1).index_select(0, real)  # (B, T, D) -> (N, D)
+        return fused_loss(x, model.projection_layer.proj, label, smoothing)
 
 
 def learning_rate(step: int, config: Config, total_steps: int) -> float:
@@ -66,11 +66,8 @@ def validation_loss(run: Run) -> float:
     """Cross-entropy in nats a target token, without smoothing, over the whole validation set."""
     loss, tokens = 0.0, 0
     for batch in make_loader(run.validation, make_batches(run.validation, run.config, epoch=None)):
-        with run.autocast():
-            logits = run.model(*run.inputs(batch))
-        label = batch["label"].to(run.device)
-        loss += token_loss(logits.float(), label).item()
-        tokens += (label != PAD).sum().item()
+        loss += batch_loss(run, run.translator.model, batch).item()
+        tokens += (batch["label"] != PAD).sum().item()
     return loss / tokens
 
 
@@ -80,7 +77,7 @@ def run_validation(run: Run) -> dict[str, float]:
     Every row goes to TensorBoard and to scores.jsonl in the run's folder.
     """
     config = run.config
-    run.model.eval()
+    run.translator.model.eval()
     scores = {"loss": validation_loss(run)}
     line = f"validation   loss {scores['loss']:.3f}"
     count = min(config.validation_sentences, len(run.validation))
@@ -122,12 +119,7 @@ def train_step(run: Run, batches: list[dict]) -> tuple[Tensor, Tensor, int]:
         group["lr"] = rate
     total = torch.zeros((), device=run.device)
     for batch in batches:
-        with run.autocast():
-            logits = run.model(*run.inputs(batch))
-            loss = (
-                token_loss(logits, batch["label"].to(run.device, non_blocking=True), run.config.label_smoothing)
-                / tokens
-            )
+        loss = batch_loss(run, run.model, batch, run.config.label_smoothing) / tokens
         loss.backward()
         total += loss.detach()
     parameters = [p for p in run.model.parameters() if p.grad is not None]
@@ -142,6 +134,8 @@ def train_step(run: Run, batches: list[dict]) -> tuple[Tensor, Tensor, int]:
         nn.utils.clip_grads_with_norm_(parameters, run.config.clip_norm, norm)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    if run.config.ema_decay:
+        update_average(run)
     return total, norm, tokens
 
 
@@ -241,7 +235,7 @@ def train_model(config: Config) -> Run:
                     config.folder.parent.rmdir()  # weights/, if it was made for this run
             raise
         train_to_the_end(run)
-    run.model.eval()
+    run.translator.model.eval()
     return run
 
 

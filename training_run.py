@@ -1,5 +1,6 @@
 """A training run: what the loop has at hand, how it begins, how it is saved, how it goes on to the bit."""
 
+import copy
 import hashlib
 import json
 import math
@@ -14,8 +15,19 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint import DamagedCheckpoint, load_checkpoint, load_newest, load_weights, save_checkpoint, set_aside
-from config import FIXED_FIELDS, Config, InputError, get_weights_file_path, save_config, weights_files, write_atomically
-from dataset import BilingualDataset, count_shared, get_ds, load_split, make_batches, tokenizer_path
+from config import (
+    FIXED_FIELDS,
+    Config,
+    InputError,
+    get_config,
+    get_weights_file_path,
+    save_config,
+    weights_files,
+    write_atomically,
+)
+from corpus import count_shared, load_split
+from dataset import BilingualDataset, get_ds, make_batches, tokenizer_path
+from model import Transformer
 from translate import Translator, check_tokenizers, get_device, get_model
 
 
@@ -30,11 +42,12 @@ class Progress:
 
 @dataclass
 class Run:
-    """What the loop needs at hand."""
+    """What the loop needs at hand. With `ema_decay` the model that translates is an average of the one that learns."""
 
     config: Config
     device: torch.device
     precision: str
+    model: Transformer
     train: BilingualDataset
     validation: BilingualDataset
     translator: Translator
@@ -43,10 +56,6 @@ class Run:
     progress: Progress
     writer: SummaryWriter | None = None
     stop_signal: int | None = field(default=None)
-
-    @property
-    def model(self) -> nn.Module:
-        return self.translator.model
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -69,6 +78,16 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=1e-9, fused=device.type != "mps")
+
+
+@torch.no_grad()
+def update_average(run: Run) -> None:
+    """Moves the model that translates a little towards the one that learns (Polyak and Juditsky, 1992).
+
+    The average reaches back 1 / (1 - ema_decay) steps; at the start, a tenth of the steps made.
+    """
+    decay = min(run.config.ema_decay, (1 + run.progress.step) / (10 + run.progress.step))
+    torch._foreach_lerp_(list(run.translator.model.parameters()), list(run.model.parameters()), 1 - decay)
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
@@ -96,9 +115,15 @@ def start(config: Config) -> Run:
         config=config,
         device=device,
         precision=choose_precision(config, device),
+        model=model,
         train=train,
         validation=validation,
-        translator=Translator(model, config, tokenizer_src, tokenizer_tgt),
+        translator=Translator(
+            copy.deepcopy(model).requires_grad_(False).eval() if config.ema_decay else model,
+            config,
+            tokenizer_src,
+            tokenizer_tgt,
+        ),
         optimizer=optimizer,
         total_steps=min(total_steps, config.max_steps or total_steps),
         progress=Progress(),
@@ -155,7 +180,8 @@ def save(run: Run, path: str | Path) -> None:
     save_checkpoint(
         path,
         {
-            "model": run.model.state_dict(),
+            "model": run.translator.model.state_dict(),
+            "learner": run.model.state_dict() if config.ema_decay else None,
             "optimizer": run.optimizer.state_dict(),
             "progress": asdict(progress),
             "rng": rng_state(),
@@ -223,6 +249,7 @@ def choose_checkpoint(config: Config) -> tuple[dict | None, Path | None, list[Pa
 
 def check_same_run(config: Config, saved: dict, path: Path) -> None:
     """What shapes the weights or the order of the data cannot change within a run."""
+    saved = {**asdict(get_config()), **saved}  # a field that was not there yet had its default
     changed = [
         f"{name} {saved[name]!r} there, {getattr(config, name)!r} now"
         for name in FIXED_FIELDS
@@ -244,7 +271,9 @@ def restore(run: Run, state: dict, path: Path) -> None:
             "restore it, or train in another --run-dir"
         )
     check_tokenizers(run.config, state, path)
-    load_weights(run.model, state["model"])
+    load_weights(run.translator.model, state["model"])
+    if run.config.ema_decay:
+        load_weights(run.model, state["learner"])
     settings = [
         {name: group[name] for name in ("weight_decay", "betas", "fused")} for group in run.optimizer.param_groups
     ]

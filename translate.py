@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from checkpoint import load_newest, load_weights
 from config import Config, InputError, load_config, newest_run, parse, run_command
-from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask, read_lines, tokenizer_path
+from corpus import read_lines
+from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask, tokenizer_path
 from model import Transformer, build_transformer
 
 DROP_EVERY = 4  # steps between looks at which sentences are finished; each look makes a GPU wait

@@ -13,7 +13,8 @@ from conftest import ROOT
 import charts
 import experiments as e
 from config import InputError
-from dataset import PAD, load_split, padding_mask
+from corpus import load_split
+from dataset import PAD, padding_mask
 from model import causal_mask
 from tracing import trace
 from translate import Translator

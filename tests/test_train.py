@@ -15,19 +15,8 @@ import train as t
 import training_run as r
 from checkpoint import load_checkpoint, only_trainer
 from config import Config, InputError, get_config, weights_files
-from dataset import PAD
-from train import learning_rate, token_loss, train_model
+from train import learning_rate, train_model
 from translate import Translator
-
-
-def test_loss_is_smoothed_cross_entropy_summed_over_tokens_without_padding():
-    torch.manual_seed(0)
-    logits, label = torch.randn(2, 3, 10), torch.tensor([[4, 5, PAD], [6, PAD, PAD]])
-    log_p, eps = logits.log_softmax(-1), 0.1
-    by_hand = -sum(
-        (1 - eps) * log_p[b, i, label[b, i]] + eps / 10 * log_p[b, i].sum() for b, i in [(0, 0), (0, 1), (1, 0)]
-    )
-    assert torch.allclose(token_loss(logits, label, eps), by_hand)
 
 
 def test_learning_rates():

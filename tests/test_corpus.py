@@ -1,0 +1,159 @@
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from config import InputError, get_config
+from corpus import load_pairs, load_split
+from dataset import count_blank
+
+ROWS = [("One.", "Uno."), ("Two, too.", "Due."), ("Three!", "Tre!")]
+
+
+def write(folder: Path, kind: str) -> str:
+    """ROWS in one of the forms a corpus may have; returns the source's name."""
+    translations = [{"en": en, "it": it} for en, it in ROWS]
+    path = folder / f"corpus.{kind}"
+    if kind == "tsv":
+        path.write_text("".join(f"{en}\t{it}\n" for en, it in ROWS))
+    elif kind == "csv":  # a header in the other order, and a comma in a quoted cell
+        path.write_text("it,en\n" + "".join(f'{it},"{en}"\n' for en, it in ROWS))
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"translation": row}) + "\n" for row in translations))
+    elif kind == "parquet":
+        pq.write_table(pa.table({"translation": translations}), path)
+    elif kind == "aligned":
+        for i, lang in enumerate(("en", "it")):
+            (folder / f"corpus.{lang}").write_text("".join(row[i] + "\n" for row in ROWS))
+        return str(folder / "corpus")
+    elif kind in ("hub", "hub with subsets"):
+        subset = folder / "hub" / ("en-it" if "subsets" in kind else ".")
+        subset.mkdir(parents=True)
+        pq.write_table(
+            pa.table({"id": ["0", "1", "2"], "translation": translations}), subset / "train-00000-of-00001.parquet"
+        )
+        if "subsets" in kind:
+            subset = "- config_name: {}\n  data_files:\n  - split: train\n    path: en-it/train-*\n"
+            card = f"---\nconfigs:\n{subset.format('en-it')}{subset.format('en-xx')}---\n"
+            (folder / "hub" / "README.md").write_text(card)
+        return str(folder / "hub")
+    elif kind == "hub of columns":
+        (folder / "hub").mkdir()
+        (folder / "hub" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in translations))
+        return str(folder / "hub")
+    return str(path)
+
+
+KINDS = ["tsv", "csv", "jsonl", "parquet", "aligned", "hub", "hub with subsets", "hub of columns"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_form_of_corpus_gives_the_same_pairs(tmp_path, kind, reverse):
+    if kind == "tsv" and reverse:
+        pytest.skip("a file without a header has source and target in that order")
+    source = write(tmp_path, kind)
+    languages = {"lang_src": "it", "lang_tgt": "en"} if reverse else {}
+    pairs = load_pairs(source, get_config("toy", **languages))
+    sides = ("tgt", "src") if reverse else ("src", "tgt")
+    assert list(zip(*(list(pairs[side]) for side in sides), strict=True)) == ROWS
+
+
+def test_a_null_translation_is_a_blank_pair(tmp_path):
+    rows = pa.table({"translation": [{"en": "One.", "it": "Uno."}, None, {"en": "Two.", "it": None}]})
+    pq.write_table(rows, tmp_path / "train.parquet")
+    pairs = load_pairs(str(tmp_path), get_config("toy"))
+    assert list(pairs["src"]) == ["One.", "", "Two."]
+    assert count_blank(pairs) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_missing_language_is_named_with_those_there(tmp_path, kind):
+    source = write(tmp_path, kind)
+    with pytest.raises(InputError) as error:
+        load_pairs(source, get_config("toy", lang_tgt="fr"))
+    assert "fr" in str(error.value)
+    assert "it" in str(error.value) or kind == "aligned"
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "words"),
+    [
+        ({}, "none.tsv", ["none.tsv"]),
+        ({}, "./none", ["none.en"]),
+        ({"a.en": "1\n2\n"}, "a", ["a.it"]),
+        ({"a.en": "1\n2\n", "a.it": "1\n"}, "a", ["2 lines", "1;"]),
+        ({"a.en": "1\n2\n", "a.it": b"1\n\xff\n"}, "a", ["a.it line 2", "UTF-8"]),
+        ({"a.tsv": "one\n"}, "a.tsv", ["row 1", "tab"]),
+        ({"a.jsonl": '{"en": "1", "it": "1"}\n{"en": \n'}, "a.jsonl", ["line 2", "JSON"]),
+        ({"a.jsonl": '{"en": 1, "it": "1"}\n'}, "a.jsonl", ["row 1", "string"]),
+        ({"a.jsonl": '[1]\n'}, "a.jsonl", ["row 1", "en"]),
+        ({"a.parquet": "no"}, "a.parquet", ["Parquet"]),
+        ({"a.tsv": ""}, "a.tsv", ["a.tsv holds no pair"]),
+        ({"a.en": "", "a.it": ""}, "a", ["holds no pair"]),
+        ({"a.jsonl": '{"translation": null}\n'}, "a.jsonl", ["row 1", "en"]),
+        ({"a.jsonl": '{"translation": "en it"}\n'}, "a.jsonl", ["row 1", "en"]),
+        ({}, ":train", ["no name"]),
+    ],
+)  # fmt: skip
+def test_bad_corpora_are_named_in_one_line(tmp_path, monkeypatch, files, source, words):
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as error:
+        load_pairs(source, get_config("toy"))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_named_at_once(monkeypatch):
+    # the tests' HF_ENDPOINT is a closed port
+    with pytest.raises(InputError, match=r"Helsinki-NLP/opus_books.*--preset toy"):
+        load_pairs("Helsinki-NLP/opus_books", get_config())
+
+
+def test_only_newlines_end_lines_and_marks_and_returns_are_dropped(tmp_path):
+    (tmp_path / "a.en").write_bytes("\ufeffone\u2028more\r\ntwo\r\n".encode())
+    (tmp_path / "a.it").write_text("uno\ndue\n")
+    pairs = load_pairs(str(tmp_path / "a"), get_config("toy"))
+    assert list(pairs["src"]) == ["one\u2028more", "two"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.tsv", "one\tuno\n\n"), ("a.jsonl", '{"en": "one", "it": "uno"}\n\n')])
+def test_blank_lines_are_blank_pairs(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    pairs = load_pairs(str(tmp_path / name), get_config("toy"))
+    assert list(pairs["src"]) == ["one", ""]
+    assert count_blank(pairs) == 1
+
+
+def test_a_quoted_cell_keeps_its_newline(tmp_path):
+    (tmp_path / "a.csv").write_text('"one\ntwo",uno\n')
+    assert list(load_pairs(str(tmp_path / "a.csv"), get_config("toy"))["src"]) == ["one\ntwo"]
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("one\tuno\n")
+    assert list(load_pairs(str(path), get_config("toy"))["src"]) == ["one"]
+    path.write_text("three\ttre\n")
+    assert list(load_pairs(str(path), get_config("toy"))["src"]) == ["three"]
+
+
+def test_the_split_is_seeded_disjoint_and_whole(pairs_file):
+    config = get_config("toy", datasource=str(pairs_file), validation_source="")
+    train, validation = (list(load_split(config, split)["src"]) for split in ("train", "validation"))
+    assert len(validation) == 40
+    assert set(train) | set(validation) == set(load_pairs(str(pairs_file), config)["src"])
+    assert not set(train) & set(validation)
+    assert validation == list(load_split(config, "validation")["src"])
+    other = get_config("toy", datasource=str(pairs_file), validation_source="", seed=7)
+    assert validation != list(load_split(other, "validation")["src"])
+
+
+def test_too_few_pairs_to_split(tmp_path):
+    (tmp_path / "a.tsv").write_text("one\tuno\n" * 5)
+    with pytest.raises(InputError, match="5 pairs are too few"):
+        load_split(get_config("toy", datasource=str(tmp_path / "a.tsv"), validation_source=""), "train")

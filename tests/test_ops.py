@@ -1,0 +1,66 @@
+"""Each fast form against its plain one."""
+
+import pytest
+import torch
+from torch import nn
+
+import ops
+from ops import Dropout, byte_mask, fused_loss, plain_loss
+
+
+def test_the_plain_loss_is_smoothed_cross_entropy_summed_over_tokens():
+    torch.manual_seed(0)
+    x, projection, label, eps = torch.randn(3, 4), nn.Linear(4, 10), torch.tensor([4, 5, 6]), 0.1
+    log_p = projection(x).log_softmax(-1)
+    by_hand = -sum((1 - eps) * log_p[i, label[i]] + eps / 10 * log_p[i].sum() for i in range(3))
+    assert torch.allclose(plain_loss(x, projection, label, eps), by_hand)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("at_once", [1, 7 * 50, 1 << 20])  # logits: a token at a time, a ragged end, all
+def test_fused_and_plain_loss_and_their_gradients_agree(smoothing, at_once, monkeypatch):
+    monkeypatch.setitem(ops.LOGITS_AT_ONCE, "cpu", at_once)
+    torch.manual_seed(0)
+    projection, label = nn.Linear(16, 50).double(), torch.randint(0, 50, (40,))
+    results = []
+    for loss_of in (plain_loss, fused_loss):
+        x = torch.linspace(-3, 3, 640, dtype=torch.double).view(40, 16).requires_grad_()
+        projection.zero_grad()
+        loss = 0.5 * loss_of(x, projection, label, smoothing)
+        loss.backward()
+        results.append([loss.detach(), x.grad, projection.weight.grad.clone(), projection.bias.grad.clone()])
+    for plain, fused in zip(*results, strict=True):
+        assert torch.allclose(plain, fused, rtol=1e-12, atol=1e-12)
+
+
+def test_the_fused_loss_holds_where_softmax_underflows():
+    projection = nn.Linear(1, 3, bias=False)
+    projection.weight.data = torch.tensor([[0.0], [500.0], [-500.0]])
+    projection.bias = nn.Parameter(torch.zeros(3))
+    x, label = torch.ones(1, 1, requires_grad=True), torch.tensor([2])
+    assert fused_loss(x, projection, label, 0.0).item() == plain_loss(x, projection, label, 0.0).item() == 1000
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 301)  # not a multiple of the eight bytes drawn at once
+    for p in (0.1, 0.3, 0.5):
+        dropped = Dropout(p)(x)
+        assert (dropped == 0).float().mean().item() == pytest.approx(p, abs=0.004)
+        assert dropped.mean().item() == pytest.approx(1, abs=0.004)
+        assert len(dropped.unique()) == 2
+    for byte in range(8):  # every byte of a drawn word is as random as the others
+        assert (byte_mask(x, 0.25).flatten()[byte::8] == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_dropout_drops_the_same_in_the_gradient_and_follows_the_seed():
+    x = torch.ones(50, 50, requires_grad=True)
+    torch.manual_seed(1)
+    first = Dropout(0.3)(x)
+    first.sum().backward()
+    assert torch.equal(x.grad, first)
+    torch.manual_seed(1)
+    assert torch.equal(Dropout(0.3)(x), first)
+    assert not torch.equal(Dropout(0.3)(x), first)
+    assert Dropout(0.3).eval()(x) is x
+    assert Dropout(0.0)(x) is x
