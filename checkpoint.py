@@ -6,6 +6,8 @@ readers skip, holds the SHA-256 of all bytes before it, since `torch.load` notic
 
 import contextlib
 import hashlib
+import json
+import math
 import os
 import struct
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import MODEL_BASENAME, InputError, weights_files
+from config import MODEL_BASENAME, Config, InputError, weights_files
 
 try:
     import fcntl
@@ -119,6 +121,76 @@ def load_newest(run_dir: str | Path, device: torch.device | str = "cpu") -> tupl
     if files:
         raise InputError(f"no checkpoint in {run_dir} can be read; restore one, or train afresh with another --run-dir")
     return None
+
+
+# ---------------------------------------------------------------------------- which one translates
+
+
+def read_scores(run_dir: str | Path) -> list[dict]:
+    """The lines of scores.jsonl, one for each validation, oldest first."""
+    path = Path(run_dir) / "scores.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.is_file() else []
+
+
+def merit(row: dict, best_by: str) -> float:
+    """What makes one validation better than another: higher is better. Where nothing was translated, the loss."""
+    return -row["loss"] if best_by == "loss" or best_by not in row else row[best_by]
+
+
+def best_first(config: Config) -> list[Path]:
+    """The run's checkpoints by their validation score, the newer of equals first; those without one come last."""
+    merits = {}
+    for row in read_scores(config.folder):
+        within = f"{row['epoch']:02d}_step_{row['step']:08d}"
+        name = within if row["batch"] else f"{row['epoch'] - 1:02d}"
+        merits[f"{MODEL_BASENAME}{name}.pt"] = merit(row, config.best_by)
+    newest_first = reversed(weights_files(config.folder))
+    return sorted(newest_first, key=lambda path: merits.get(path.name, -math.inf), reverse=True)
+
+
+def load_chosen(config: Config, weights: str = "best", average: int = 1) -> tuple[Path, dict]:
+    """The checkpoint whose weights translate: best, latest or an epoch's; its path and its state.
+
+    With `average` its "model" is the mean over that many epochs (Vaswani et al., 2017, section 6.1).
+    A damaged file is named and passed over. Raises InputError where too few are left.
+    """
+    if weights == "best":
+        files = best_first(config)
+    elif weights == "latest":
+        files = weights_files(config.folder)[::-1]
+    else:
+        files = [path for path in weights_files(config.folder) if path.stem == f"{MODEL_BASENAME}{weights.zfill(2)}"]
+        if not files:
+            have = ", ".join(path.name for path in weights_files(config.folder)) or "none"
+            raise InputError(f"no weights {weights!r} in {config.folder}: give best, latest or one of {have}")
+    if average > 1:
+        files = [path for path in files if "_step_" not in path.name]
+    chosen: list[tuple[Path, dict]] = []
+    for path in files:
+        try:
+            state = load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            print(f"warning: {path} is passed over: {error}", file=sys.stderr)
+            continue
+        if chosen:
+            move_mean(chosen[0][1]["model"], state["model"], len(chosen) + 1)
+            state = {}
+        chosen.append((path, state))
+        if len(chosen) == average:
+            return chosen[0]
+    if not files:
+        raise InputError(
+            f"the run {config.folder} has no checkpoint yet; train it with python train.py --run-dir {config.folder}"
+        )
+    raise InputError(
+        f"{len(chosen)} of the checkpoints in {config.folder} can be read, {average} wanted; "
+        "lower --average, restore one, or train with a higher --keep-checkpoints"
+    )
+
+
+def move_mean(mean: dict[str, Tensor], new: dict[str, Tensor], count: int) -> None:
+    """Takes the `count`-th set of weights into the mean of those before it. (Shared matrices have several names.)"""
+    mean |= {name: weight + (new[name] - weight) / count for name, weight in mean.items()}
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:

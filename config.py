@@ -74,6 +74,8 @@ class Config:
     label_smoothing: float = 0.1          # probability spread evenly over the vocabulary
     accumulation_steps: int = 1           # batches added up for one optimizer step
     clip_norm: float = 1.0                # longest gradient; 0: not clipped
+    rdrop_alpha: float = 0.0              # weight of R-Drop, two passes whose dropout must agree (Wu et al., 2021); 0: one pass
+    bpe_dropout: float = 0.0              # share of merges left out when words are cut anew each epoch (Provilkov et al., 2020)
     ema_decay: float = 0.0                # of the moving average of the weights that translates; 0: none is kept
     seed: int = 42                        # of the split, the order, the weights and the dropout
 
@@ -81,6 +83,9 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device gains from it
     preload: str = "latest"               # checkpoint to go on from: latest, none (train afresh) or an epoch
     save_every_steps: int = 0             # also save in mid-epoch, every so many steps; 0: at an epoch's end alone
+    keep_checkpoints: int = 3             # epochs whose checkpoints stay, beside the best; 0: all
+    best_by: Literal["bleu", "chrf", "exact", "loss"] = "bleu"  # validation score that makes an epoch the best
+    patience: int = 0                     # stop after so many epochs without a better score; 0: never
     validation_sentences: int = 200       # validation sentences translated after an epoch for BLEU and the like
     validation_examples: int = 2          # how many of them are shown
     # fmt: on
@@ -174,6 +179,7 @@ PRESETS: dict[str, dict] = {
         "num_epochs": 140,
         "lr": 3e-3,
         "warmup_steps": 500,
+        "keep_checkpoints": 10,
         "validation_sentences": 1_014,
     },
     # The base model of Vaswani et al. 2017, table 3.
@@ -198,7 +204,7 @@ INVOCATION_FIELDS = ("run_dir", "preload", "device", "num_workers")
 # fmt: off
 FIXED_FIELDS = (
     "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "batch_tokens", "batch_size",
-    "accumulation_steps", "seed", "ema_decay", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "share_embeddings",
+    "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "share_embeddings",
 )
 # fmt: on
 
@@ -252,10 +258,18 @@ def check_values(config: Config) -> None:
     )
     for name in positive.split():
         require(0 < getattr(config, name) < math.inf, name, "give a number above 0")
-    not_negative = "batch_tokens num_workers max_steps warmup_steps weight_decay clip_norm save_every_steps validation_sentences validation_examples seed"
+    not_negative = "batch_tokens num_workers max_steps warmup_steps weight_decay clip_norm save_every_steps keep_checkpoints patience rdrop_alpha validation_sentences validation_examples seed"
     for name in not_negative.split():
         require(0 <= getattr(config, name) < math.inf, name, "give 0 or more")
-    for name in ("dropout", "attention_dropout", "feed_forward_dropout", "label_smoothing", "adam_beta2", "ema_decay"):
+    for name in (
+        "dropout",
+        "bpe_dropout",
+        "attention_dropout",
+        "feed_forward_dropout",
+        "label_smoothing",
+        "adam_beta2",
+        "ema_decay",
+    ):
         require(0 <= getattr(config, name) < 1, name, "give a number from 0 up to, not including, 1")
     require(0 < config.validation_fraction < 1, "validation_fraction", "give a number between 0 and 1")
     require(config.seq_len >= 3, "seq_len", "give 3 or more: [SOS], a word, [EOS]")
@@ -273,6 +287,8 @@ def check_values(config: Config) -> None:
         "preload",
         "give latest, none or an epoch's number",
     )
+    if config.bpe_dropout:
+        require(config.tokenizer == "bpe", "bpe_dropout", "whole words cannot be cut; give 0, or --tokenizer bpe")
     if config.share_embeddings == "all":
         require(config.shared_vocab, "share_embeddings", "sharing all of them needs --shared-vocab; or use target")
 

@@ -4,7 +4,9 @@ B  sentences in the batch    S  source length in tokens    T  target length in t
 """
 
 import json
+import random
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -94,6 +96,36 @@ def build_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return plain_text(Tokenizer.from_str(json.dumps(state)))
 
 
+class BPEDropout:
+    """Cuts words another way each time: any merge may be left out (Provilkov et al., 2020, algorithm 1)."""
+
+    def __init__(self, tokenizer: Tokenizer, p: float):
+        model = json.loads(tokenizer.to_str())["model"]
+        self.rank = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
+        self.vocab, self.tokenizer, self.p = model["vocab"], tokenizer, p
+
+    def encode(self, text: str, rng: random.Random) -> list[int]:
+        """Ids with [SOS] and [EOS]; with p = 0 those of the tokenizer."""
+        words = self.tokenizer.pre_tokenizer.pre_tokenize_str(self.tokenizer.normalizer.normalize_str(text))
+        pieces = [piece for word, _ in words for piece in self.cut(word, rng)]
+        return [SOS, *(id_ for piece in pieces for id_ in self.ids(piece)), EOS]
+
+    def cut(self, word: str, rng: random.Random) -> list[str]:
+        pieces = list(word)
+        while True:
+            ranks = [self.rank.get(pair) for pair in pairwise(pieces)]
+            merges = [(rank, i) for i, rank in enumerate(ranks) if rank is not None and rng.random() >= self.p]
+            if not merges:
+                return pieces
+            _, i = min(merges)
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+    def ids(self, piece: str) -> list[int]:
+        if piece in self.vocab:
+            return [self.vocab[piece]]
+        return [self.vocab[f"<0x{byte:02X}>"] for byte in piece.encode()]  # a character never seen in training
+
+
 # ---------------------------------------------------------------------------- ids and batches
 
 
@@ -105,10 +137,21 @@ class BilingualDataset(torch.utils.data.Dataset):
     src_text and tgt_text, lists of B strings.
 
     Pairs with a blank side or with more than `seq_len` tokens are left out and counted in
-    `skipped_blank` and `skipped_long`.
+    `skipped_blank` and `skipped_long`. With `bpe_dropout` the words are cut anew in each epoch, by a
+    generator of (seed, epoch, position), and the lengths, by which batches are made, are those without.
     """
 
-    def __init__(self, pairs: datasets.Dataset, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer, seq_len: int):
+    def __init__(
+        self,
+        pairs: datasets.Dataset,
+        tokenizer_src: Tokenizer,
+        tokenizer_tgt: Tokenizer,
+        seq_len: int,
+        bpe_dropout: float = 0.0,
+        seed: int = 0,
+    ):
+        self.seq_len, self.seed, self.epoch = seq_len, seed, 0
+        self.cutters = [BPEDropout(t, bpe_dropout) for t in (tokenizer_src, tokenizer_tgt)] if bpe_dropout else None
         self.skipped_blank = count_blank(pairs)
         self.encoded = pairs.map(
             encode_pairs,
@@ -139,8 +182,9 @@ class BilingualDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, positions: list[int]) -> dict:
         rows = self.encoded[positions]  # an Arrow table
-        encoder_input = pad(rows["src_ids"])  # (B, S)
-        target = pad(rows["tgt_ids"])  # (B, T + 1): [SOS] … [EOS]
+        src_ids, tgt_ids = self.cut_anew(positions, rows) if self.cutters else (rows["src_ids"], rows["tgt_ids"])
+        encoder_input = pad(src_ids)  # (B, S)
+        target = pad(tgt_ids)  # (B, T + 1): [SOS] … [EOS]
         label = target[:, 1:]
         decoder_input = target[:, :-1].masked_fill(label == PAD, PAD)
         return {
@@ -152,6 +196,21 @@ class BilingualDataset(torch.utils.data.Dataset):
             "src_text": rows["src"].to_pylist(),
             "tgt_text": rows["tgt"].to_pylist(),
         }
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Before the epoch's loader is made, so that its workers know."""
+        self.epoch = epoch
+
+    def cut_anew(self, positions: list[int], rows: pa.Table) -> list[pa.Array]:
+        """Ids of both sides under BPE-dropout; the ordinary ones where these would be too long."""
+        sides = []
+        for side, cutter, longest in zip(("src", "tgt"), self.cutters, (self.seq_len, self.seq_len + 1), strict=True):
+            ids = []
+            for position, row in zip(positions, rows.select([side, f"{side}_ids"]).to_pylist(), strict=True):
+                anew = cutter.encode(row[side], random.Random(f"{self.seed} {self.epoch} {position} {side}"))
+                ids.append(anew if len(anew) <= longest else row[f"{side}_ids"])
+            sides.append(pa.array(ids, pa.list_(pa.int32())))
+        return sides
 
 
 def encode_pairs(batch: dict, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer, seq_len: int, version: int) -> dict:
@@ -175,7 +234,7 @@ def count_blank(pairs: datasets.Dataset) -> int:
     return total
 
 
-def pad(ids: pa.ChunkedArray) -> torch.Tensor:
+def pad(ids: pa.Array | pa.ChunkedArray) -> torch.Tensor:
     """Lists of ids to one (B, longest) tensor, filled up with [PAD] on the right."""
     lengths = pc.list_value_length(ids).to_numpy()
     padded = np.full((len(lengths), lengths.max()), PAD, dtype=np.int64)
@@ -234,8 +293,6 @@ def get_ds(config: Config) -> tuple[BilingualDataset, BilingualDataset, Tokenize
         tokenizer_tgt = load_tokenizer(tokenizer_path(config, config.lang_tgt))
     else:
         tokenizer_tgt = get_or_build_tokenizer(config, train_pairs, config.lang_tgt)
-    train, validation = (
-        BilingualDataset(pairs, tokenizer_src, tokenizer_tgt, config.seq_len)
-        for pairs in (train_pairs, validation_pairs)
-    )
-    return train, validation, tokenizer_src, tokenizer_tgt
+    both = tokenizer_src, tokenizer_tgt
+    train = BilingualDataset(train_pairs, *both, config.seq_len, config.bpe_dropout, config.seed)
+    return train, BilingualDataset(validation_pairs, *both, config.seq_len), *both

@@ -5,6 +5,7 @@ python evaluate.py --source test.en --reference test.it
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from config import InputError, parse, run_command
 from corpus import check_aligned, lines_of, load_split
-from translate import Translator, blank_long
+from translate import Translator, blank_long, check_search
 
 
 def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13a") -> dict[str, float]:
@@ -28,11 +29,11 @@ def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13
     }
 
 
-def signature(bleu_tokenizer: str = "13a") -> str:
-    """sacreBLEU's own description of how the BLEU was computed, to be quoted beside it."""
-    metric = sacrebleu.BLEU(tokenize=bleu_tokenizer)
-    metric.corpus_score(["a"], [["a"]])
-    return str(metric.get_signature())
+def signature(bleu_tokenizer: str = "13a", metric: Literal["bleu", "chrf"] = "bleu") -> str:
+    """sacreBLEU's own description of how a score was computed, to be quoted beside it."""
+    scorer = sacrebleu.BLEU(tokenize=bleu_tokenizer) if metric == "bleu" else sacrebleu.CHRF()
+    scorer.corpus_score(["a"], [["a"]])
+    return str(scorer.get_signature())
 
 
 def format_scores(scores: dict[str, float]) -> str:
@@ -46,6 +47,10 @@ def command(
     split: Literal["validation", "test"] = "validation",
     source: str = "",
     reference: str = "",
+    beam_size: int = 1,
+    length_penalty: float = 0.6,
+    weights: str = "best",
+    average: int = 1,
     bleu_tokenizer: Literal["13a", "none", "intl", "char", "zh"] = "13a",
     device: str = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -57,13 +62,18 @@ def command(
         split: which part of the run's own corpus
         source: a text file to translate in place of a split
         reference: the file with its translations
+        beam_size: hypotheses kept at every step; 1: greedy search
+        length_penalty: 0 favours short translations, 1 and more long ones
+        weights: best (by the validation score), latest, or an epoch's number
+        average: average the weights of so many epochs, the best or the latest
         bleu_tokenizer: sacreBLEU's; none for text that is tokenized already
         device: auto, cuda, mps or cpu
         as_json: print one JSON object
     """
     if bool(source) != bool(reference):
         raise InputError("--source and --reference go together; give both, or neither for the run's own split")
-    translator = Translator.load(run_dir, device)
+    check_search(beam_size, length_penalty)
+    translator = Translator.load(run_dir, device, weights, average)
     if source:
         check_aligned([Path(source), Path(reference)])
         sources, references = list(lines_of(source)), list(lines_of(reference))
@@ -72,16 +82,25 @@ def command(
         sources, references = list(pairs["src"]), list(pairs["tgt"])
     if not sources:
         raise InputError(f"{source or split} holds no sentence")
-    predicted = translator.translate(blank_long(translator, sources), progress=True)
+    begun = time.perf_counter()
+    predicted = translator.translate(blank_long(translator, sources), beam_size, length_penalty, progress=True)
+    seconds = time.perf_counter() - begun
     scores = score(predicted, references, bleu_tokenizer)
-    what = source or f"{split} split"
-    about = {"run": str(translator.config.folder), "of": what, "sentences": len(sources)}
+    about = {
+        "run": str(translator.config.folder),
+        "of": source or f"{split} split",
+        "sentences": len(sources),
+        "beam_size": beam_size,
+        "seconds": round(seconds, 3),
+    }
+    bleu_signature, chrf_signature = signature(bleu_tokenizer), signature(metric="chrf")
     if as_json:
-        print(json.dumps({**about, **scores, "signature": signature(bleu_tokenizer)}))
+        print(json.dumps({**about, **scores, "signature": bleu_signature, "chrf_signature": chrf_signature}))
     else:
-        print("{run}, {of}, {sentences:,} sentences".format(**about))
+        print("{run}, {of}, {sentences:,} sentences, beam {beam_size}, {seconds:.1f} s".format(**about))
         print(format_scores(scores))
-        print(f"BLEU signature {signature(bleu_tokenizer)}")
+        print(f"BLEU signature {bleu_signature}")
+        print(f"chrF signature {chrf_signature}")
 
 
 if __name__ == "__main__":

@@ -89,8 +89,16 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows of the batch, in this order: finished sentences go, beams move."""
-        if self.key is not None:
+        if self.key is None:
+            return
+        if not self.grows:
             self.key, self.value = self.key[rows], self.value[rows]
+            return
+        for name in ("key", "value"):  # what lies past `length` is not worth a copy
+            old = getattr(self, name)
+            new = old.new_empty((len(rows), *old.shape[1:]))
+            new[:, :, : self.length] = old[rows, :, : self.length]
+            setattr(self, name, new)
 
 
 class MultiHeadAttentionBlock(nn.Module):

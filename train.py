@@ -22,28 +22,59 @@ from itertools import islice
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import only_trainer, sweep
+from checkpoint import merit, only_trainer, read_scores, sweep
 from config import Config, InputError, get_config, get_weights_file_path, parse_config, run_command, weights_files
 from dataset import PAD, make_batches, make_loader
 from evaluate import format_scores, score
 from model import Transformer
 from ops import fused_loss
-from training_run import Run, check_writable, save, save_within_epoch, start, update_average
+from training_run import Run, check_writable, prune, save, save_within_epoch, start, update_average
 
 LOG_EVERY = 10  # optimizer steps between two lines of the log
 
 
+def real_labels(batch: dict, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where in the flat batch (B T) the N target tokens stand that are no padding, and their labels, each (N,).
+
+    Found where the batch was made, so that no device has to wait for the count.
+    """
+    label = batch["label"].flatten()
+    real = (label != PAD).nonzero().squeeze(1)
+    return real.to(device, non_blocking=True), label[real].to(device, non_blocking=True)
+
+
 def batch_loss(run: Run, model: Transformer, batch: dict, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy in nats, summed over the batch's target tokens; padding is left out before the projection."""
-    label = batch["label"].flatten()  # (B T)
-    real = (label != PAD).nonzero().squeeze(1)  # (N,), found where the batch was made: no device has to wait
-    real, label = (tensor.to(run.device, non_blocking=True) for tensor in (real, label[real]))
+    real, label = real_labels(batch, run.device)
     with run.autocast():
         x = model.hidden(*run.inputs(batch)).flatten(0, 1).index_select(0, real)  # (B, T, D) -> (N, D)
         return fused_loss(x, model.projection_layer.proj, label, smoothing)
+
+
+def training_loss(run: Run, batch: dict) -> Tensor:
+    return batch_loss(run, run.model, batch, run.config.label_smoothing)
+
+
+def rdrop_loss(run: Run, batch: dict) -> Tensor:
+    """R-Drop (Wu et al., 2021, equation 4), halved: two passes under different dropout, which should agree.
+
+    The mean of their two losses, and alpha / 4 times the Kullback-Leibler divergence between their
+    predictions, both ways; summed over the batch's target tokens.
+    """
+    real, label = real_labels(batch, run.device)
+    twice = [torch.cat([tensor, tensor]) for tensor in run.inputs(batch)]
+    with run.autocast():
+        x = run.model.hidden(*twice).unflatten(0, (2, -1)).flatten(1, 2).index_select(1, real)  # (2, N, D)
+        logits = run.model.project(x).float()  # (2, N, V)
+    smoothing = run.config.label_smoothing
+    loss = F.cross_entropy(logits.flatten(0, 1), label.repeat(2), label_smoothing=smoothing, reduction="sum")
+    log_p, log_q = logits.log_softmax(-1)
+    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()  # KL(p, q) + KL(q, p)
+    return loss / 2 + run.config.rdrop_alpha / 4 * divergence
 
 
 def learning_rate(step: int, config: Config, total_steps: int) -> float:
@@ -103,9 +134,7 @@ def run_validation(run: Run) -> dict[str, float]:
 
 def validated(run: Run) -> bool:
     """Whether scores.jsonl has this step's line; a run killed between saving and validating lacks it."""
-    path = run.config.folder / "scores.jsonl"
-    lines = path.read_text(encoding="utf8").splitlines() if path.is_file() else []
-    return any(f'"step": {run.progress.step},' in line for line in lines)
+    return any(row["step"] == run.progress.step for row in read_scores(run.config.folder))
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -119,7 +148,7 @@ def train_step(run: Run, batches: list[dict]) -> tuple[Tensor, Tensor, int]:
         group["lr"] = rate
     total = torch.zeros((), device=run.device)
     for batch in batches:
-        loss = batch_loss(run, run.model, batch, run.config.label_smoothing) / tokens
+        loss = (rdrop_loss if run.config.rdrop_alpha else training_loss)(run, batch) / tokens
         loss.backward()
         total += loss.detach()
     parameters = [p for p in run.model.parameters() if p.grad is not None]
@@ -143,6 +172,7 @@ def train_epoch(run: Run) -> None:
     """The rest of the current epoch, or until a signal or max_steps."""
     config, progress = run.config, run.progress
     batches = make_batches(run.train, config, progress.epoch)
+    run.train.begin_epoch(progress.epoch)
     loader = iter(make_loader(run.train, batches[progress.batch :], config.num_workers, run.device.type == "cuda"))
     meter = Meter(run)
     with tqdm(
@@ -244,14 +274,14 @@ def train_to_the_end(run: Run) -> None:
     config = run.config
     if run.progress.step and run.progress.batch == 0 and not validated(run):
         run_validation(run)
-    if run.done():
+    if run.done() or out_of_patience(config):
         done = f"{run.progress.epoch} epochs and {run.progress.step:,} steps are done"
-        print(f"nothing left to train: {done}; raise --num-epochs or --max-steps to go on")
+        print(f"nothing left to train: {done}; raise --num-epochs, --max-steps or --patience to go on")
         return
     run.model.train()
     begun = time.perf_counter()
     with stop_at_step_boundary(run):
-        while not run.done() and not run.stop_signal:
+        while not (run.done() or run.stop_signal or out_of_patience(config)):
             epoch = run.progress.epoch
             train_epoch(run)
             if run.progress.epoch > epoch:
@@ -261,8 +291,17 @@ def train_to_the_end(run: Run) -> None:
                 tqdm.write(f"saved {path}")
             if not run.stop_signal:
                 run_validation(run)
+                prune(config)
     run.writer.close()
+    if out_of_patience(config):
+        print(f"stopped early: no better {config.best_by} for {config.patience} epochs")
     print(f"trained in {time.perf_counter() - begun:.0f} s")
+
+
+def out_of_patience(config: Config) -> bool:
+    """Whether the last `patience` validations have brought nothing better (Prechelt, 1998)."""
+    merits = [merit(row, config.best_by) for row in read_scores(config.folder)]
+    return 0 < config.patience < len(merits) and max(merits[-config.patience :]) <= max(merits[: -config.patience])
 
 
 def trained_run(run_dir: str, preset: str = "toy", **overrides) -> str:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoint import DamagedCheckpoint, load_checkpoint, load_newest, load_weights, save_checkpoint, set_aside
+from checkpoint import (
+    DamagedCheckpoint,
+    best_first,
+    load_checkpoint,
+    load_newest,
+    load_weights,
+    save_checkpoint,
+    set_aside,
+)
 from config import (
     FIXED_FIELDS,
     Config,
@@ -198,6 +206,16 @@ def save(run: Run, path: str | Path) -> None:
     for old in within:
         if old not in keep:
             old.unlink(missing_ok=True)
+
+
+def prune(config: Config) -> None:
+    """Removes the checkpoints of epochs before the last `keep_checkpoints`, but for the best."""
+    epochs = [path for path in weights_files(config.folder) if "_step_" not in path.name]
+    if config.keep_checkpoints:
+        best = next((path for path in best_first(config) if path in epochs), None)
+        for path in epochs[: -config.keep_checkpoints]:
+            if path != best:
+                path.unlink(missing_ok=True)
 
 
 def save_within_epoch(run: Run) -> Path:

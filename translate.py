@@ -1,4 +1,4 @@
-"""Translation: search over a step-by-step decoder, a trained run as `Translator`, the command line.
+"""Translation: a trained run as `Translator`, and the command line.
 
 B  sentences in the batch    N  of them still unfinished    S  source length    V  target vocabulary
 
@@ -6,11 +6,12 @@ python translate.py "I can eat an apple."
 python translate.py < sentences.en > sentences.it
 """
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import torch
 import tyro
@@ -18,23 +19,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_newest, load_weights
+from checkpoint import load_chosen, load_weights
 from config import Config, InputError, load_config, newest_run, parse, run_command
 from corpus import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask, tokenizer_path
 from model import Transformer, build_transformer
-
-DROP_EVERY = 4  # steps between looks at which sentences are finished; each look makes a GPU wait
-
-
-class StepDecoder(Protocol):
-    """What a search sees of a model: the next token's logits, and which sentences go on."""
-
-    def step(self, ids: Tensor) -> Tensor:
-        """The newest token of each sentence (N,): logits of the next one (N, V)."""
-
-    def select(self, rows: Tensor) -> None:
-        """Goes on with these rows (M,) of the N, in this order."""
+from search import Hypothesis, beam_search, greedy_decode
 
 
 class CachedDecoder:
@@ -55,28 +45,6 @@ class CachedDecoder:
         for caches in self.caches:
             for cache in caches:
                 cache.select(rows)
-
-
-def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
-    """The likeliest token at every step, until [EOS] or the sentence's limit (B,); ids without [SOS] and [EOS]."""
-    device, longest = max_lengths.device, int(max_lengths.max())
-    written = torch.full((len(max_lengths), longest), EOS, device=device)  # (B, longest)
-    alive = torch.arange(len(max_lengths), device=device)  # (N,), rows of `written`
-    ids = torch.full_like(alive, SOS)
-    finished = torch.zeros_like(alive, dtype=torch.bool)
-    for t in range(longest):
-        ids = decoder.step(ids).argmax(dim=-1)
-        written[alive, t] = ids
-        finished |= (ids == EOS) | (max_lengths[alive] <= t + 1)
-        if (t + 1) % DROP_EVERY == 0:
-            going = (~finished).nonzero().squeeze(1)
-            if len(going) == 0:
-                break
-            if len(going) < len(alive):
-                alive, ids, finished = alive[going], ids[going], finished[going]
-                decoder.select(going)
-    rows = [row[:limit] for row, limit in zip(written.tolist(), max_lengths.tolist(), strict=True)]
-    return [row[: row.index(EOS)] if EOS in row else row for row in rows]
 
 
 def get_model(config: Config, vocab_src_len: int, vocab_tgt_len: int) -> Transformer:
@@ -107,23 +75,24 @@ class Translator:
         return next(self.model.parameters()).device
 
     @classmethod
-    def load(cls, run_dir: str | Path = "", device: str = "auto") -> "Translator":
-        """The newest checkpoint of a run; of the run trained last where none is named."""
+    def load(
+        cls, run_dir: str | Path = "", device: str = "auto", weights: str = "best", average: int = 1
+    ) -> "Translator":
+        """A run's weights; of the run trained last where none is named.
+
+        `weights` is best (by the validation score that `best_by` names), latest, or an epoch's number;
+        with `average` those of that many epochs are averaged, the best or the latest ones.
+        """
         config = load_config(run_dir or newest_run())
-        found = load_newest(config.folder)
-        if found is None:
-            raise InputError(
-                f"the run {config.folder} has no checkpoint yet; "
-                f"train it with python train.py --run-dir {config.folder}"
-            )
-        check_tokenizers(config, found[1], found[0])
+        path, state = load_chosen(config, weights, average)
+        check_tokenizers(config, state, path)
         tokenizers = [load_tokenizer(tokenizer_path(config, lang)) for lang in (config.lang_src, config.lang_tgt)]
         model = get_model(config, *(t.get_vocab_size() for t in tokenizers))
         try:
-            load_weights(model, found[1]["model"])
+            load_weights(model, state["model"])
         except RuntimeError:
             raise InputError(
-                f"{found[0]} does not fit the config.json and tokenizers beside it; copy the run's folder again"
+                f"{path} does not fit the config.json and tokenizers beside it; copy the run's folder again"
             ) from None
         return cls(model.to(get_device(device)).eval(), config, *tokenizers)
 
@@ -140,20 +109,44 @@ class Translator:
             )
         return ids
 
-    def translate(self, sentences: list[str], batch_tokens: int = 4_096, progress: bool = False) -> list[str]:
-        """Translations in the order given. Blank sentences stay blank; like lengths share a batch."""
+    def translate(
+        self,
+        sentences: list[str],
+        beam_size: int = 1,
+        alpha: float = 0.6,
+        batch_tokens: int = 4_096,
+        progress: bool = False,
+    ) -> list[str]:
+        """Translations in the order given; blank sentences stay blank. A beam of 1 is greedy search."""
         translations = [""] * len(sentences)
+        for batch, sources in self.batches(sentences, batch_tokens // beam_size, progress):
+            for i, ids in zip(batch, self.search(sources, beam_size, alpha), strict=True):
+                translations[i] = self.tokenizer_tgt.decode(ids)
+        return translations
+
+    def hypotheses(
+        self, sentences: list[str], beam_size: int, alpha: float = 0.6, n_best: int = 1, batch_tokens: int = 4_096
+    ) -> list[list[Hypothesis]]:
+        """The n best translations of each sentence, as ids with their log-probabilities; none of a blank one."""
+        found: list[list[Hypothesis]] = [[] for _ in sentences]
+        for batch, sources in self.batches(sentences, batch_tokens // beam_size):
+            for i, hypotheses in zip(batch, self.beam(sources, beam_size, alpha, n_best), strict=True):
+                found[i] = hypotheses
+        return found
+
+    def batches(
+        self, sentences: list[str], batch_tokens: int, progress: bool = False
+    ) -> Iterator[tuple[list[int], list[list[int]]]]:
+        """Positions and source ids of the sentences that are not blank; like lengths share a batch."""
         encoded = {i: self.encode(s) for i, s in enumerate(sentences) if s.strip()}
         order = sorted(encoded, key=lambda i: len(encoded[i]), reverse=True)
         bar = tqdm(total=len(order), unit="sentence", desc="Translating", disable=not progress, leave=False)
         while order:
             size = max(1, batch_tokens // len(encoded[order[0]]))
             batch, order = order[:size], order[size:]
-            for i, ids in zip(batch, self.search([encoded[i] for i in batch]), strict=True):
-                translations[i] = self.tokenizer_tgt.decode(ids)
+            yield batch, [encoded[i] for i in batch]
             bar.update(len(batch))
         bar.close()
-        return translations
 
     def padded(self, sources: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Source ids as one tensor (B, S), and how many tokens each translation may have (B,).
@@ -166,10 +159,20 @@ class Translator:
         return source, torch.tensor(limits, device=self.device)
 
     @torch.inference_mode()
-    def search(self, sources: list[list[int]]) -> list[list[int]]:
-        """Target ids of a batch of source ids, by greedy search."""
+    def search(self, sources: list[list[int]], beam_size: int = 1, alpha: float = 0.6) -> list[list[int]]:
+        """Target ids of a batch of source ids, by greedy search or by that of a beam."""
+        if beam_size > 1:
+            return [hypotheses[0].ids for hypotheses in self.beam(sources, beam_size, alpha)]
         source, limits = self.padded(sources)
         return greedy_decode(CachedDecoder(self.model, source, int(limits.max())), limits)
+
+    @torch.inference_mode()
+    def beam(
+        self, sources: list[list[int]], beam_size: int, alpha: float = 0.6, n_best: int = 1
+    ) -> list[list[Hypothesis]]:
+        """The n best hypotheses of a batch of source ids."""
+        source, limits = self.padded(sources)
+        return beam_search(CachedDecoder(self.model, source, int(limits.max())), limits, beam_size, alpha, n_best)
 
     def unknown_words(self, sentence: str) -> list[str]:
         """The words of a sentence that the run's vocabulary does not have."""
@@ -192,11 +195,27 @@ def translate(sentence: str, run_dir: str = "") -> str:
     return Translator.load(run_dir).translate([sentence])[0]
 
 
-def translate_lines(translator: Translator, lines: Iterable[str], at_once: int) -> Iterator[str]:
+def translate_lines(
+    translator: Translator, lines: Iterable[str], at_once: int, beam_size: int = 1, alpha: float = 0.6
+) -> Iterator[str]:
     """Lines in, lines out, in order. A line too long for the run comes out blank, with a warning."""
     lines, done = iter(lines), 0
     while chunk := list(islice(lines, at_once)):
-        yield from translator.translate(blank_long(translator, chunk, done))
+        yield from translator.translate(blank_long(translator, chunk, done), beam_size, alpha)
+        done += len(chunk)
+
+
+def n_best_lines(
+    translator: Translator, lines: Iterable[str], at_once: int, beam_size: int, alpha: float, n_best: int
+) -> Iterator[str]:
+    """For each line its hypotheses: number of the line, score, log-probability and text, between tabs."""
+    lines, done = iter(lines), 0
+    while chunk := list(islice(lines, at_once)):
+        found = translator.hypotheses(blank_long(translator, chunk, done), beam_size, alpha, n_best)
+        for number, hypotheses in enumerate(found, start=done + 1):
+            for h in hypotheses:
+                text = translator.tokenizer_tgt.decode(h.ids)
+                yield f"{number}\t{h.score:.4f}\t{h.log_probability:.4f}\t{text}"
         done += len(chunk)
 
 
@@ -212,10 +231,24 @@ def blank_long(translator: Translator, lines: list[str], done: int = 0) -> list[
     return readable
 
 
+def check_search(beam_size: int, length_penalty: float, n_best: int = 1) -> None:
+    if beam_size < 1:
+        raise InputError(f"--beam-size is {beam_size}; give 1 for greedy search, or more")
+    if not 0 <= length_penalty < math.inf:
+        raise InputError(f"--length-penalty is {length_penalty}; give 0 or more")
+    if not 1 <= n_best <= beam_size:
+        raise InputError(f"--n-best is {n_best}; give 1 to {beam_size}, which is --beam-size")
+
+
 def command(
     sentence: Annotated[str | None, tyro.conf.Positional] = None,
     /,
     run_dir: str = "",
+    beam_size: int = 1,
+    length_penalty: float = 0.6,
+    n_best: int = 0,
+    weights: str = "best",
+    average: int = 1,
     device: str = "auto",
 ) -> None:
     """Translates a sentence, or the lines of standard input.
@@ -223,19 +256,30 @@ def command(
     Args:
         sentence: what to translate; without it, lines on stdin become lines on stdout
         run_dir: the run's folder; empty: the run trained last
+        beam_size: hypotheses kept at every step; 1: greedy search
+        length_penalty: 0 favours short translations, 1 and more long ones
+        n_best: print so many hypotheses a line, with score and log-probability
+        weights: best (by the validation score), latest, or an epoch's number
+        average: average the weights of so many epochs, the best or the latest
         device: auto, cuda, mps or cpu
     """
-    translator = Translator.load(run_dir, device)
+    check_search(beam_size, length_penalty, n_best or 1)
+    translator = Translator.load(run_dir, device, weights, average)
     if sentence is not None:
-        (translation,) = translator.translate([sentence])
+        translator.encode(sentence)  # one too long is an error here, not a blank line
         if unknown := translator.unknown_words(sentence):
             print(f"warning: this run has never seen {', '.join(unknown)}", file=sys.stderr)
-        print(translation)
-        return
-    if sys.stdin.isatty():
-        print("Type a sentence, then Enter; Ctrl-D ends.", file=sys.stderr)
-    for line in translate_lines(translator, read_lines(sys.stdin.buffer, "stdin"), 1 if sys.stdin.isatty() else 512):
-        print(line, flush=True)
+        lines, at_once = [sentence], 1
+    else:
+        if sys.stdin.isatty():
+            print("Type a sentence, then Enter; Ctrl-D ends.", file=sys.stderr)
+        lines, at_once = read_lines(sys.stdin.buffer, "stdin"), 1 if sys.stdin.isatty() else 512
+    if n_best:
+        for line in n_best_lines(translator, lines, at_once, beam_size, length_penalty, n_best):
+            print(line, flush=True)
+    else:
+        for line in translate_lines(translator, lines, at_once, beam_size, length_penalty):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import json
+import random
 
 import numpy as np
 import pytest
@@ -129,3 +130,34 @@ def test_lengths_are_those_of_the_ids(small):
     batch = data[[5, 6]]
     assert np.array_equal((batch["encoder_input"] != PAD).sum(1), data.src_lengths[[5, 6]])
     assert np.array_equal((batch["label"] != PAD).sum(1) + 1, data.tgt_lengths[[5, 6]])
+
+
+def test_bpe_dropout_cuts_words_another_way_and_loses_nothing():
+    texts = ["some words, to learn from", "some more words to learn"]
+    tokenizer = d.build_bpe_tokenizer(texts * 3, 330)
+    text = "some words, learnt from ñ and 😀"
+    whole = [SOS, *tokenizer.encode(text).ids, EOS]
+    assert d.BPEDropout(tokenizer, 0.0).encode(text, random.Random(0)) == whole
+    cutter, rng = d.BPEDropout(tokenizer, 0.3), random.Random(0)
+    cuts = [cutter.encode(text, rng) for _ in range(20)]
+    assert len({tuple(ids) for ids in cuts}) > 10
+    assert all(tokenizer.decode(ids) == text and len(ids) >= len(whole) for ids in cuts)
+    assert len(d.BPEDropout(tokenizer, 0.999).encode("some", rng)) == 2 + len("▁some")
+
+
+def test_bpe_dropout_is_a_function_of_seed_epoch_and_position(pairs_file, tmp_path):
+    bpe = {"tokenizer": "bpe", "vocab_size": 500, "bpe_dropout": 0.3}
+    config = get_config("toy", datasource=str(pairs_file), validation_source="", run_dir=str(tmp_path / "run"), **bpe)
+    train, validation, *_ = get_ds(config)
+    first = train[[3, 1, 2]]["encoder_input"]
+    assert torch.equal(first, train[[3, 1, 2]]["encoder_input"])
+    for alone, position in enumerate([3, 1, 2]):
+        ids = train[[position]]["encoder_input"][0]
+        assert torch.equal(first[alone, : len(ids)], ids)
+    batches = make_batches(train, config, 0)[:4]
+    for a, b in zip(make_loader(train, batches), make_loader(train, batches, num_workers=2), strict=True):
+        assert torch.equal(a["label"], b["label"])
+    train.begin_epoch(1)
+    assert not torch.equal(first, train[[3, 1, 2]]["encoder_input"])
+    assert torch.equal(validation[[0]]["encoder_input"], validation[[0]]["encoder_input"])
+    assert validation[[0]]["encoder_input"].size(1) == validation.src_lengths[0]

@@ -22,6 +22,7 @@ def test_perfect_and_wrong_translations():
 def test_the_signature_names_the_tokenizer():
     assert "tok:13a" in signature()
     assert "tok:none" in signature("none")
+    assert "nc:6" in signature(metric="chrf")
 
 
 def test_a_split_and_two_files(trained_run, tmp_path):
@@ -33,7 +34,7 @@ def test_a_split_and_two_files(trained_run, tmp_path):
     )
     found = json.loads(done.stdout)
     assert found["sentences"] == 2
-    assert {"bleu", "chrf", "cer", "wer", "exact", "signature"} <= set(found)
+    assert {"bleu", "chrf", "cer", "wer", "exact", "signature", "chrf_signature", "seconds"} <= set(found)
 
 
 def test_a_sentence_too_long_for_the_run_counts_as_blank(trained_run, tmp_path, capsys):
@@ -51,6 +52,10 @@ def test_a_sentence_too_long_for_the_run_counts_as_blank(trained_run, tmp_path, 
         ({"source": "a.en"}, "--reference"),
         ({"source": "a.en", "reference": "none.it"}, "none.it"),
         ({"source": "a.en", "reference": "b.it"}, "2 lines and b.it has 1"),
+        ({"beam_size": 0}, "--beam-size is 0"),
+        ({"length_penalty": -1.0}, "--length-penalty is -1"),
+        ({"weights": "7"}, r"no weights '7' in .*one of tmodel_00\.pt"),
+        ({"average": 2}, "1 of the checkpoints .* 2 wanted"),
     ],
 )
 def test_bad_input(trained_run, tmp_path, monkeypatch, flags, words):

@@ -13,8 +13,9 @@ from conftest import ROOT
 
 import train as t
 import training_run as r
-from checkpoint import load_checkpoint, only_trainer
+from checkpoint import best_first, load_checkpoint, only_trainer, read_scores
 from config import Config, InputError, get_config, weights_files
+from ops import Dropout
 from train import learning_rate, train_model
 from translate import Translator
 
@@ -111,7 +112,7 @@ def same(a, b) -> bool:
 
 def final_state(config: Config) -> dict:
     state = load_checkpoint(weights_files(config.folder)[-1])
-    return {name: state[name] for name in ("model", "optimizer", "progress", "rng")}
+    return {name: state[name] for name in ("model", "learner", "optimizer", "progress", "rng")}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -340,3 +341,87 @@ def test_bad_input_is_one_line_and_leaves_no_run(tmp_path, arguments, words):
     assert words in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_best_epoch_translates_and_the_last_few_and_it_are_kept(tiny_config, monkeypatch):
+    merits = iter([10.0, 30.0, 30.0, 20.0, 25.0, 5.0])
+    monkeypatch.setattr(t, "score", lambda *_: {"bleu": next(merits)})
+    config = replace(tiny_config, num_epochs=6, keep_checkpoints=2)
+    train_model(config)
+    assert [p.name for p in weights_files(config.folder)] == ["tmodel_02.pt", "tmodel_04.pt", "tmodel_05.pt"]
+    best = load_checkpoint(config.folder / "tmodel_02.pt")["model"]
+    latest = load_checkpoint(config.folder / "tmodel_05.pt")["model"]
+    assert same(dict(Translator.load(config.folder, "cpu").model.state_dict()), best)
+    assert same(dict(Translator.load(config.folder, "cpu", "latest").model.state_dict()), latest)
+    assert same(dict(Translator.load(config.folder, "cpu", "5").model.state_dict()), latest)
+    two = Translator.load(config.folder, "cpu", "latest", average=2).model.state_dict()
+    before = load_checkpoint(config.folder / "tmodel_04.pt")["model"]
+    assert all(torch.allclose(two[name], (latest[name] + before[name]) / 2) for name in two)
+    best_two = Translator.load(config.folder, "cpu", average=2).model.state_dict()
+    assert all(torch.allclose(best_two[name], (best[name] + before[name]) / 2) for name in best_two)
+
+
+def test_a_damaged_best_is_passed_over(tiny_config, capsys):
+    train_model(tiny_config)
+    best, other = best_first(tiny_config)
+    best.write_bytes(best.read_bytes()[:-1])
+    weights = Translator.load(tiny_config.folder, "cpu").model.state_dict()
+    assert same(dict(weights), load_checkpoint(other)["model"])
+    assert f"{best} is passed over" in capsys.readouterr().err
+
+
+def test_patience_ends_the_run_and_the_same_command_says_so(tiny_config, monkeypatch, capsys):
+    merits = [10.0, 30.0, 20.0, 30.0, 40.0]
+    calls = iter(merits)
+    monkeypatch.setattr(t, "score", lambda *_: {"bleu": next(calls)})
+    config = replace(tiny_config, num_epochs=5, patience=2)
+    assert train_model(config).progress.epoch == 4
+    assert "stopped early: no better bleu for 2 epochs" in capsys.readouterr().out
+    train_model(config)
+    assert "nothing left to train: 4 epochs" in capsys.readouterr().out
+    assert train_model(replace(config, patience=3)).progress.epoch == 5
+    assert [row["bleu"] for row in read_scores(config.folder)] == merits
+
+
+def test_the_best_by_loss_is_the_lowest(tiny_config):
+    train_model(replace(tiny_config, best_by="loss", validation_sentences=0))
+    rows = read_scores(tiny_config.folder)
+    lowest = min(rows, key=lambda row: row["loss"])["epoch"] - 1
+    assert best_first(replace(tiny_config, best_by="loss"))[0].name == f"tmodel_{lowest:02d}.pt"
+
+
+def test_the_average_follows_the_learner_and_translates(tiny_config):
+    run = r.start(replace(tiny_config, ema_decay=0.9))
+    learner = dict(run.model.named_parameters())
+    expected = {name: w.clone() for name, w in learner.items()}
+    for step in range(3):
+        run.progress.step = step
+        t.train_step(run, [run.train[[0, 1, 2]]])
+        decay = (1 + step) / (10 + step)
+        expected = {name: decay * w + (1 - decay) * learner[name].detach() for name, w in expected.items()}
+    average = dict(run.translator.model.named_parameters())
+    assert all(torch.allclose(average[name], w, atol=1e-6) for name, w in expected.items())
+    assert not torch.equal(average["encoder.norm.weight"], learner["encoder.norm.weight"])
+    assert not any(w.requires_grad for w in average.values())
+    r.save(run, weights_files_path := run.config.folder / "tmodel_00.pt")
+    assert same(load_checkpoint(weights_files_path)["model"], dict(run.translator.model.state_dict()))
+
+
+def test_every_regulariser_resumes_bit_identical(tiny_config, tmp_path):
+    bpe = {"tokenizer": "bpe", "vocab_size": 400, "bpe_dropout": 0.2, "rdrop_alpha": 1.0, "ema_decay": 0.9}
+    whole = replace(tiny_config, run_dir=str(tmp_path / "whole"), lr_schedule="constant", **bpe)
+    train_model(whole)
+    broken = replace(whole, run_dir=str(tmp_path / "broken"))
+    train_model(replace(broken, max_steps=4))
+    train_model(broken)
+    assert same(final_state(broken), final_state(whole))
+
+
+def test_rdrop_is_the_loss_where_nothing_is_dropped_and_more_where_it_is(tiny_config):
+    run = r.start(replace(tiny_config, rdrop_alpha=5.0))
+    batch = run.train[[0, 1, 2, 3]]
+    assert t.rdrop_loss(run, batch).item() > t.training_loss(run, batch).item() * 1.001
+    for module in run.model.modules():
+        if isinstance(module, Dropout):
+            module.p = 0.0
+    assert t.rdrop_loss(run, batch).item() == pytest.approx(t.training_loss(run, batch).item(), rel=1e-5)

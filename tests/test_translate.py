@@ -7,9 +7,10 @@ from conftest import ROOT
 
 from checkpoint import load_newest
 from config import InputError
-from dataset import EOS, PAD, SOS, padding_mask
+from dataset import EOS, SOS, padding_mask
 from model import causal_mask
-from translate import CachedDecoder, Translator, get_device, greedy_decode, translate, translate_lines
+from search import greedy_decode
+from translate import CachedDecoder, Translator, get_device, translate, translate_lines
 
 SENTENCES = [
     "I can eat an apple.",
@@ -24,32 +25,6 @@ SENTENCES = [
 @pytest.fixture(scope="module")
 def translator(trained_run) -> Translator:
     return Translator.load(trained_run, "cpu")
-
-
-class Script:
-    """A StepDecoder that writes down fixed sentences, one logit a token."""
-
-    def __init__(self, sentences: list[list[int]]):
-        self.rows = [[*ids, EOS] for ids in sentences]
-        self.t, self.asked = 0, []
-
-    def step(self, ids: torch.Tensor) -> torch.Tensor:
-        self.asked.append(ids.tolist())
-        following = [row[self.t] if self.t < len(row) else PAD for row in self.rows]
-        self.t += 1
-        return torch.nn.functional.one_hot(torch.tensor(following), 20).float()
-
-    def select(self, rows: torch.Tensor) -> None:
-        self.rows = [self.rows[i] for i in rows]
-
-
-def test_greedy_search_stops_each_sentence_at_its_end_or_limit():
-    sentences = [[5, 6], [], [7] * 11, [8] * 30]
-    script = Script(sentences)
-    assert greedy_decode(script, torch.tensor([20, 20, 20, 13])) == [[5, 6], [], [7] * 11, [8] * 13]
-    assert script.asked[0] == [SOS] * 4
-    # It looks every 4 steps: two had finished at the first look, a third at the third, the last at the fourth.
-    assert [len(ids) for ids in script.asked] == [4] * 4 + [2] * 8 + [1] * 4
 
 
 @torch.inference_mode()
@@ -74,6 +49,11 @@ def test_a_batch_gives_what_each_sentence_gives_alone(translator):
     assert together[2] == together[4] == ""
     assert together[0] == together[5] != together[1]
     assert together == translator.translate(SENTENCES, batch_tokens=1)
+    beams = translator.translate(SENTENCES, beam_size=4)
+    assert beams == [translator.translate([s], beam_size=4)[0] for s in SENTENCES]
+    found = translator.hypotheses(SENTENCES, beam_size=4, n_best=2)
+    assert [len(hypotheses) for hypotheses in found] == [2, 2, 0, 2, 0, 2]
+    assert [translator.tokenizer_tgt.decode(h[0].ids) if h else "" for h in found] == beams
 
 
 def test_the_encoder_runs_once(translator, monkeypatch):
@@ -135,6 +115,14 @@ def test_the_command_line(trained_run, translator, tmp_path):
     none = shell("She sleeps.", cwd=tmp_path)
     assert (none.returncode, none.stdout, none.stderr.count(b"\n")) == (2, b"", 1)
     assert b"no trained run" in none.stderr
+    several = shell(*run, "--beam-size", "3", "--n-best", "2", "She sleeps.").stdout.decode().splitlines()
+    numbers, scores, log_probabilities, texts = zip(*(line.split("\t") for line in several), strict=True)
+    assert numbers == ("1", "1")
+    assert float(scores[0]) > float(scores[1])
+    assert max(map(float, log_probabilities)) < 0
+    assert texts[0] == translator.translate(["She sleeps."], beam_size=3)[0] != texts[1]
+    wide = shell(*run, "--beam-size", "2", "--n-best", "3", "She sleeps.")
+    assert (wide.returncode, wide.stderr.count(b"\n")) == (2, 1)
     missing = shell("--run-dir", "nowhere", "She sleeps.", cwd=tmp_path)
     assert (missing.returncode, missing.stderr.count(b"\n")) == (2, 1)
     assert b"nowhere" in missing.stderr
