@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import struct
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import MODEL_BASENAME, Config, InputError, weights_files
+from config import MODEL_BASENAME, Config, InputError, weights_files, write_atomically
 
 try:
     import fcntl
@@ -42,13 +43,14 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save({"schema": SCHEMA, **state}, temporary)
+        torch.save({"schema": SCHEMA, "name": path.name, **state}, temporary)
         _seal(temporary)
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
+        reason = error if isinstance(error, OSError) else "not all of it could be written; is the disk full?"
         raise InputError(
-            f"cannot save {path} ({error}); free some space or mend the folder's permissions; "
+            f"cannot save {path} ({reason}); free some space or mend the folder's permissions; "
             "older checkpoints are untouched"
         ) from None
     finally:
@@ -100,10 +102,14 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     verify(path)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # EOFError, UnpicklingError, RuntimeError …
+    except pickle.UnpicklingError:  # what weights_only=True says of anything but tensors and plain types
+        raise DamagedCheckpoint("it holds more than numbers and text, which might run code; not opened") from None
+    except Exception as error:  # EOFError, RuntimeError …
         raise DamagedCheckpoint(f"torch cannot read it ({str(error).splitlines()[0]})") from None
     if state.get("schema", 0) > SCHEMA:
         raise InputError(f"{path} was written by a newer version of this project; update it")
+    if state.get("name", path.name) != path.name:
+        raise DamagedCheckpoint(f"it is {state['name']} under another name")
     return state
 
 
@@ -129,7 +135,16 @@ def load_newest(run_dir: str | Path, device: torch.device | str = "cpu") -> tupl
 def read_scores(run_dir: str | Path) -> list[dict]:
     """The lines of scores.jsonl, one for each validation, oldest first."""
     path = Path(run_dir) / "scores.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}); take the damaged line out, or restore the file") from None
+
+
+def write_scores(run_dir: str | Path, rows: list[dict]) -> None:
+    write_atomically(Path(run_dir) / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def merit(row: dict, best_by: str) -> float:

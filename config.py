@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import io
 import json
@@ -425,3 +426,8 @@ def run_command(main) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        print(f"error: {error}; free some space, then type the same command again", file=sys.stderr)
+        sys.exit(2)

@@ -8,7 +8,6 @@ their target tokens divided by the number of those tokens, so padding and batch 
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import merit, only_trainer, read_scores, sweep
+from checkpoint import merit, only_trainer, read_scores, sweep, write_scores
 from config import Config, InputError, get_config, get_weights_file_path, parse_config, run_command, weights_files
 from dataset import PAD, make_batches, make_loader
 from evaluate import format_scores, score
@@ -127,8 +126,7 @@ def run_validation(run: Run) -> dict[str, float]:
     for name, value in scores.items():
         run.writer.add_scalar(f"validation/{name}", value, run.progress.step)
     run.model.train()
-    with (config.folder / "scores.jsonl").open("a", encoding="utf8") as file:
-        file.write(json.dumps({**asdict(run.progress), **scores}) + "\n")
+    write_scores(config.folder, [*read_scores(config.folder), {**asdict(run.progress), **scores}])
     return scores
 
 
@@ -178,7 +176,7 @@ def train_epoch(run: Run) -> None:
     with tqdm(
         total=len(batches), initial=progress.batch, unit="batch", desc=f"Epoch {progress.epoch:02d}", dynamic_ncols=True
     ) as bar:
-        while group := list(islice(loader, config.accumulation_steps)):
+        while group := next_batches(loader, config):
             try:
                 meter.add(*train_step(run, group))
             except torch.OutOfMemoryError:
@@ -195,6 +193,19 @@ def train_epoch(run: Run) -> None:
                 save_within_epoch(run)
     if progress.batch == len(batches):
         progress.epoch, progress.batch = progress.epoch + 1, 0
+
+
+def next_batches(loader: Iterator[dict], config: Config) -> list[dict]:
+    """The batches of one optimizer step; fewer, or none, at the epoch's end."""
+    try:
+        return list(islice(loader, config.accumulation_steps))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            "a process that prepares batches was killed, perhaps for want of memory; "
+            f"lower --num-workers, which is {config.num_workers}, and go on with the same command"
+        ) from None
 
 
 class Meter:

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import math
 import os
 import sys
@@ -20,8 +19,10 @@ from checkpoint import (
     load_checkpoint,
     load_newest,
     load_weights,
+    read_scores,
     save_checkpoint,
     set_aside,
+    write_scores,
 )
 from config import (
     FIXED_FIELDS,
@@ -31,7 +32,6 @@ from config import (
     get_weights_file_path,
     save_config,
     weights_files,
-    write_atomically,
 )
 from corpus import count_shared, load_split
 from dataset import BilingualDataset, get_ds, make_batches, tokenizer_path
@@ -311,9 +311,7 @@ def restore(run: Run, state: dict, path: Path) -> None:
 
 def drop_later_scores(run: Run) -> None:
     """Takes from scores.jsonl what an earlier try wrote past the step that the run goes on from."""
-    path = run.config.folder / "scores.jsonl"
-    if path.is_file():
-        lines = path.read_text(encoding="utf8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= run.progress.step]
-        if kept != lines:
-            write_atomically(path, "".join(kept))
+    rows = read_scores(run.config.folder)
+    kept = [row for row in rows if row["step"] <= run.progress.step]
+    if kept != rows:
+        write_scores(run.config.folder, kept)

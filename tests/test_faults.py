@@ -1,0 +1,68 @@
+"""A part of the fault plan; benchmarks/faults.py runs the whole."""
+
+import functools
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import faults
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> faults.Bench:
+    return faults.Bench.prepare(tmp_path_factory.mktemp("faults"))
+
+
+def test_an_undisturbed_run_ends_in_the_same_state_and_a_disturbed_state_is_seen(bench):
+    assert bench.train("again") == 0
+    assert faults.final_state(bench.folder / "again") == bench.expected
+    assert bench.train("other", "--seed", "43") == 0
+    assert faults.final_state(bench.folder / "other") != bench.expected
+
+
+@pytest.mark.parametrize("point", faults.POINTS)
+def test_killed_around_a_save(bench, point):
+    assert faults.kill_at_point(bench, point, nth=2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random(bench, seed):
+    assert faults.kill_at_random(bench, random.Random(seed), seconds=1.5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal(bench, number):
+    assert faults.signalled(bench, number, random.Random(0), seconds=0.5)
+
+
+def sleep_in_every_step() -> None:
+    faults.train.train_step = lambda *_: time.sleep(60)
+
+
+def test_a_second_signal_exits_at_once(bench):
+    started = faults.SPAWN.Event()
+    process = bench.begin("impatient", disturb=sleep_in_every_step, started=started)
+    assert started.wait(60)
+    for _ in range(2):
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGINT)
+    process.join(20)
+    assert process.exitcode == -signal.SIGINT
+
+
+def test_damaged_files(bench):
+    rng = random.Random(0)
+    assert faults.damaged(bench, lambda content: content[: len(content) // 2])
+    assert faults.damaged(bench, lambda content: b"")
+    assert all(faults.damaged(bench, functools.partial(faults.flip, rng)) for _ in range(10))
+    assert faults.swapped(bench)
+
+
+def test_a_full_disk(bench):
+    assert faults.disk_full(bench, 0.6)
