@@ -16,16 +16,15 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import torch
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from corpus import load_split
 from evaluate import format_scores, score, signature
 from translate import Translator, get_device
 
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 WEIGHTS = [("best", 1), ("latest", 1), ("latest", 5), ("latest", 10)]
 SEARCHES = [(1, 0.6), (5, 0.0), (5, 0.6), (5, 1.0), (5, 1.4)]  # beam size, length penalty
 
@@ -36,7 +35,7 @@ def train(arguments, seed: int) -> tuple[Path, subprocess.Popen]:
     run.parent.mkdir(parents=True, exist_ok=True)
     sources = zip(("datasource", "validation-source", "test-source"), ("train", "val", "test_2016_flickr"), strict=True)
     flags = [word for name, part in sources for word in (f"--{name}", str(Path(arguments.data) / f"{part}{suffix}"))]
-    command = [sys.executable, str(ROOT / "train.py"), "--preset", "multi30k", *flags]
+    command = [sys.executable, str(TRAIN), "--preset", "multi30k", *flags]
     command += ["--run-dir", str(run), "--seed", str(seed), *arguments.flags]
     return run, subprocess.Popen(command, stdout=run.with_suffix(".log").open("a"), stderr=subprocess.STDOUT)
 
