@@ -5,7 +5,7 @@ B  sentences in the batch    N  of them still unfinished    K  slots of a beam  
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Hypothesis:
     score: float  # log_probability over the length penalty, by which hypotheses of different lengths compare
 
 
-def length_penalty(length: Tensor, alpha: float) -> Tensor:
+def length_penalty(length: Tensor | int, alpha: float) -> Tensor | float:
     """((5 + length) / 6) ^ alpha, [EOS] counted (Wu et al., 2016, equation 14). With 0 short ones are favoured."""
     return ((5 + length) / 6) ** alpha
 
@@ -63,73 +63,81 @@ def length_penalty(length: Tensor, alpha: float) -> Tensor:
 def beam_search(
     decoder: StepDecoder, max_lengths: Tensor, beam_size: int, alpha: float = 0.6, n_best: int = 1
 ) -> list[list[Hypothesis]]:
-    """The `n_best` hypotheses of each sentence that `beam_size` slots find, best first; limits are (B,).
+    """The `n_best` hypotheses of each sentence that a beam of K finds, best first; limits are (B,).
 
-    At each step the likeliest continuations of a sentence's hypotheses fill its slots. One that has
-    ended keeps its slot, so a beam of 1 is greedy search. A sentence stops early only where no other
-    can still come among its n best: a log-probability only falls as the hypothesis grows, so what it
-    is now, over the penalty of the longest, bounds the score.
+    At each step the K likeliest continuations of a sentence are looked at: those that end are finished
+    and kept, and the K likeliest that do not end go on. A sentence is settled once K have finished, so
+    a beam of 1 is greedy search; or once no other can still come among its n best: a log-probability
+    only falls as the hypothesis grows, so what it is now, over the penalty of the longest, bounds the score.
     """
     B, K, device, longest = len(max_lengths), beam_size, max_lengths.device, int(max_lengths.max())
     found: list[list[Hypothesis]] = [[] for _ in range(B)]
     alive = torch.arange(B, device=device)  # (N,), the sentences still searched
     ids = torch.full((B, K), SOS, device=device)
     written = torch.full((B, K, longest), EOS, device=device)
-    total = torch.full((B, K), -math.inf, device=device)  # log-probabilities; at first all slots are alike,
-    total[:, 0] = 0  # so one of them counts
-    finished = torch.zeros_like(ids, dtype=torch.bool)
-    length = torch.zeros_like(ids)
+    total = torch.full((B, K), -math.inf, device=device)  # log-probabilities; at first all places of a beam
+    total[:, 0] = 0  # are alike, so one of them counts
+    finished = Finished(torch.full_like(total, -math.inf), total.clone(), written.clone())
+    settled = torch.zeros(B, dtype=torch.bool, device=device)
     decoder.select(alive.repeat_interleave(K))
     for t in range(longest):
         log_p = decoder.step(ids.flatten()).float().log_softmax(-1).unflatten(0, (-1, K))  # (N, K, V)
-        total, origin, ids = extend(total, finished, log_p)
-        finished, length = finished.gather(1, origin), length.gather(1, origin)
-        written = written.gather(1, origin.unsqueeze(-1).expand_as(written))
+        # Each hypothesis can end in one way only, so of the 2 K likeliest at least K go on.
+        likeliest, index = (total.unsqueeze(-1) + log_p).flatten(1).topk(2 * K)  # (N, 2 K)
+        origin, ids = index // log_p.size(-1), index % log_p.size(-1)
+        written = pick(written, origin)
         written[:, :, t] = ids
         limit = max_lengths[alive].unsqueeze(1)  # (N, 1)
-        ended = ~finished & ((ids == EOS) | (limit <= t + 1))
-        finished, length = finished | ended, length.masked_fill(ended, t + 1)
+        ends = ((ids == EOS) | (limit <= t + 1))[:, :K] & ~settled.unsqueeze(1)
+        scores = (likeliest[:, :K] / length_penalty(t + 1, alpha)).masked_fill(~ends, -math.inf)
+        finished = finished.best_of(Finished(scores, likeliest[:, :K], written[:, :K]))
+        total, going = likeliest.masked_fill(ids == EOS, -math.inf).topk(K)  # (N, K)
+        origin, ids, written = origin.gather(1, going), ids.gather(1, going), pick(written, going)
+        bound = total[:, 0] / length_penalty(limit.squeeze(1), alpha)
+        full = finished.scores[:, -1].isfinite()
+        settled |= full | (limit.squeeze(1) <= t + 1) | cannot_improve(finished.scores[:, n_best - 1], bound)
         rows = origin + K * torch.arange(len(alive), device=device).unsqueeze(1)  # (N, K), of the N K
         if (t + 1) % DROP_EVERY == 0 or t + 1 == longest:
-            scores = total / length_penalty(length, alpha)
-            nth_best = scores.masked_fill(~finished, -math.inf).topk(n_best).values[:, -1]
-            settled = finished.all(1) | (nth_best >= bound_on_score(total, finished, limit, alpha))
             for n in settled.nonzero().squeeze(1).tolist():
-                kept = finished[n] & total[n].isfinite()
-                columns = (written[n], total[n], scores[n])
-                found[alive[n]] = best_hypotheses(*(column[kept].tolist() for column in columns), n_best)
-            going = (~settled).nonzero().squeeze(1)
-            if len(going) == 0:
+                found[alive[n]] = finished.hypotheses(n, n_best)
+            left = (~settled).nonzero().squeeze(1)
+            if len(left) == 0:
                 break
-            alive, ids, written, total, finished, length, rows = (
-                tensor[going] for tensor in (alive, ids, written, total, finished, length, rows)
+            finished = Finished(*(column[left] for column in finished))
+            alive, ids, written, total, settled, rows = (
+                tensor[left] for tensor in (alive, ids, written, total, settled, rows)
             )
         decoder.select(rows.flatten())
     return found
 
 
-def extend(total: Tensor, finished: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest continuations: log-probabilities, the slots they come from and their new ids, each (N, K).
-
-    From total and finished (N, K) and log_p (N, K, V). A finished hypothesis goes on as it is.
-    """
-    candidates = (total.unsqueeze(-1) + log_p).masked_fill(finished.unsqueeze(-1), -math.inf)
-    candidates[:, :, EOS] = candidates[:, :, EOS].masked_fill(finished, math.inf)
-    likeliest, index = candidates.flatten(1).topk(total.size(1))
-    origin = index // log_p.size(-1)
-    return likeliest.where(likeliest < math.inf, total.gather(1, origin)), origin, index % log_p.size(-1)
+def cannot_improve(nth_best: Tensor, bound: Tensor) -> Tensor:
+    """Whether the n-th best score so far (N,) is out of reach for what goes on."""
+    return nth_best >= bound
 
 
-def bound_on_score(total: Tensor, finished: Tensor, limit: Tensor, alpha: float) -> Tensor:
-    """The highest score (N,) that the unfinished hypotheses may still reach; -inf where all have finished."""
-    return total.masked_fill(finished, -math.inf).amax(1) / length_penalty(limit.squeeze(1), alpha)
+def pick(written: Tensor, places: Tensor) -> Tensor:
+    """Ids (N, K, T) of these places (N, M) of each beam: (N, M, T)."""
+    return written.gather(1, places.unsqueeze(-1).expand(-1, -1, written.size(-1)))
 
 
-def best_hypotheses(
-    written: list[list[int]], totals: list[float], scores: list[float], n_best: int
-) -> list[Hypothesis]:
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])[:n_best]
-    return [Hypothesis(until_end(written[i]), totals[i], scores[i]) for i in order]
+class Finished(NamedTuple):
+    """The finished hypotheses of each sentence, best first; empty places have a score of -inf."""
+
+    scores: Tensor  # (N, K)
+    totals: Tensor  # (N, K), log-probabilities
+    written: Tensor  # (N, K, T)
+
+    def best_of(self, more: "Finished") -> "Finished":
+        """The K best of these and of more."""
+        scores, places = torch.cat([self.scores, more.scores], 1).topk(self.scores.size(1))
+        totals = torch.cat([self.totals, more.totals], 1).gather(1, places)
+        return Finished(scores, totals, pick(torch.cat([self.written, more.written], 1), places))
+
+    def hypotheses(self, n: int, n_best: int) -> list[Hypothesis]:
+        columns = (self.written[n].tolist(), self.totals[n].tolist(), self.scores[n].tolist())
+        rows = list(zip(*columns, strict=True))[:n_best]
+        return [Hypothesis(until_end(ids), total, score) for ids, total, score in rows if score > -math.inf]
 
 
 def until_end(ids: list[int]) -> list[int]:
