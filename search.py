@@ -66,9 +66,10 @@ def beam_search(
     """The `n_best` hypotheses of each sentence that a beam of K finds, best first; limits are (B,).
 
     At each step the K likeliest continuations of a sentence are looked at: those that end are finished
-    and kept, and the K likeliest that do not end go on. A sentence is settled once K have finished, so
-    a beam of 1 is greedy search; or once no other can still come among its n best: a log-probability
-    only falls as the hypothesis grows, so what it is now, over the penalty of the longest, bounds the score.
+    and kept, and the K likeliest that do not end go on. A sentence is settled once no other hypothesis
+    can still come among its n best: a log-probability only falls as the hypothesis grows, so what it is
+    now, over the penalty of the longest, bounds the score. A beam of 1 stops at its first end, as greedy
+    search does.
     """
     B, K, device, longest = len(max_lengths), beam_size, max_lengths.device, int(max_lengths.max())
     found: list[list[Hypothesis]] = [[] for _ in range(B)]
@@ -94,8 +95,9 @@ def beam_search(
         total, going = likeliest.masked_fill(ids == EOS, -math.inf).topk(K)  # (N, K)
         origin, ids, written = origin.gather(1, going), ids.gather(1, going), pick(written, going)
         bound = total[:, 0] / length_penalty(limit.squeeze(1), alpha)
-        full = finished.scores[:, -1].isfinite()
-        settled |= full | (limit.squeeze(1) <= t + 1) | cannot_improve(finished.scores[:, n_best - 1], bound)
+        settled |= (limit.squeeze(1) <= t + 1) | cannot_improve(finished.scores[:, n_best - 1], bound)
+        if K == 1:
+            settled |= finished.scores[:, 0].isfinite()
         rows = origin + K * torch.arange(len(alive), device=device).unsqueeze(1)  # (N, K), of the N K
         if (t + 1) % DROP_EVERY == 0 or t + 1 == longest:
             for n in settled.nonzero().squeeze(1).tolist():

@@ -36,7 +36,7 @@ from config import (
 from corpus import count_shared, load_split
 from dataset import BilingualDataset, get_ds, make_batches, tokenizer_path
 from model import Transformer
-from translate import Translator, check_tokenizers, get_device, get_model
+from translate import WEIGHTS_FILE, Translator, check_tokenizers, get_device, get_model
 
 
 @dataclass
@@ -175,6 +175,8 @@ def check_writable(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise InputError(f"{there} is a file; choose another --run-dir")
+    if (folder / WEIGHTS_FILE).is_file():
+        raise InputError(f"{folder} holds exported weights, which cannot be trained on; choose another --run-dir")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"cannot write into {there}; mend its permissions or choose another --run-dir")
 

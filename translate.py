@@ -7,14 +7,18 @@ python translate.py < sentences.en > sentences.it
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
+import safetensors.torch
 import torch
 import tyro
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -25,6 +29,8 @@ from corpus import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask, tokenizer_path
 from model import Transformer, build_transformer
 from search import Hypothesis, beam_search, greedy_decode
+
+WEIGHTS_FILE = "model.safetensors"  # what export.py writes for the Hub
 
 
 class CachedDecoder:
@@ -78,21 +84,25 @@ class Translator:
     def load(
         cls, run_dir: str | Path = "", device: str = "auto", weights: str = "best", average: int = 1
     ) -> "Translator":
-        """A run's weights; of the run trained last where none is named.
+        """A run, or what export.py made of one; of the Hugging Face Hub, where no folder has that name.
 
+        Without a name it is the run trained last.
         `weights` is best (by the validation score that `best_by` names), latest, or an epoch's number;
         with `average` those of that many epochs are averaged, the best or the latest ones.
         """
-        config = load_config(run_dir or newest_run())
-        path, state = load_chosen(config, weights, average)
-        check_tokenizers(config, state, path)
+        config = load_config(local_folder(run_dir) if run_dir else newest_run())
+        path = config.folder / WEIGHTS_FILE
+        exported = path.is_file()
+        if not exported:
+            path, state = load_chosen(config, weights, average)
+            check_tokenizers(config, state, path)
         tokenizers = [load_tokenizer(tokenizer_path(config, lang)) for lang in (config.lang_src, config.lang_tgt)]
         model = get_model(config, *(t.get_vocab_size() for t in tokenizers))
         try:
-            load_weights(model, state["model"])
-        except RuntimeError:
+            safetensors.torch.load_model(model, path) if exported else load_weights(model, state["model"])
+        except (RuntimeError, safetensors.SafetensorError):
             raise InputError(
-                f"{path} does not fit the config.json and tokenizers beside it; copy the run's folder again"
+                f"{path} is damaged or does not fit the config.json and tokenizers beside it; copy the folder again"
             ) from None
         return cls(model.to(get_device(device)).eval(), config, *tokenizers)
 
@@ -178,6 +188,17 @@ class Translator:
         """The words of a sentence that the run's vocabulary does not have."""
         encoding = self.tokenizer_src.encode(sentence)
         return [sentence[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == UNK]
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder of that name; or of the Hub's repository NAME/NAME, downloaded once."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return Path(name)
+    try:
+        patterns = [WEIGHTS_FILE, "*.json"]
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError):
+        return Path(name)  # which load_config then says is no run
 
 
 def check_tokenizers(config: Config, state: dict, path: Path) -> None:

@@ -1,0 +1,185 @@
+"""A trained run for other programs: as a CTranslate2 model, or as safetensors for the Hugging Face Hub.
+
+python export.py --output-dir fast                       # CTranslate2, float32
+python export.py --output-dir fast --quantization int8
+python export.py --output-dir hub --form safetensors     # then: hf upload NAME hub
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from ctranslate2.specs import TransformerSpec, attention_spec, common_spec
+from tokenizers import Tokenizer
+from torch import nn
+
+from config import InputError, parse, run_command, save_config
+from dataset import EOS, SOS, SPECIAL_TOKENS, UNK, tokenizer_path
+from model import DecoderBlock, EncoderBlock, MultiHeadAttentionBlock, PositionalEncoding
+from translate import WEIGHTS_FILE, Translator
+
+QUANTIZATIONS = Literal["float32", "int8", "int16", "float16", "bfloat16"]
+
+# ---------------------------------------------------------------------------- CTranslate2
+
+
+def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization: QUANTIZATIONS = "float32") -> None:
+    """Writes the model and its tokenizers into a folder that `ctranslate2.Translator` loads.
+
+    It reads and writes token strings; [SOS] and [EOS] around the source it adds itself.
+    """
+    model, config = translator.model, translator.config
+    spec = TransformerSpec.from_config((config.encoder_layers, config.decoder_layers), config.num_heads, pre_norm=True)
+    for side, embeddings, positions in (
+        (spec.encoder, model.src_embed, model.src_pos),
+        (spec.decoder, model.tgt_embed, model.tgt_pos),
+    ):
+        table = side.embeddings[0] if isinstance(side.embeddings, list) else side.embeddings
+        table.weight = embeddings.embedding.weight.numpy()
+        set_positions(side, positions)
+    for block, layer in zip(spec.encoder.layer, model.encoder.layers, strict=True):
+        set_encoder_block(block, layer)
+    for block, layer in zip(spec.decoder.layer, model.decoder.layers, strict=True):
+        set_decoder_block(block, layer)
+    set_norm(spec.encoder.layer_norm, model.encoder.norm)
+    set_norm(spec.decoder.layer_norm, model.decoder.norm)
+    set_linear(spec.decoder.projection, model.projection_layer.proj)
+    spec.register_source_vocabulary(tokens_of(translator.tokenizer_src))
+    spec.register_target_vocabulary(tokens_of(translator.tokenizer_tgt))
+    spec.config.unk_token = SPECIAL_TOKENS[UNK]
+    spec.config.bos_token = spec.config.decoder_start_token = SPECIAL_TOKENS[SOS]
+    spec.config.eos_token = SPECIAL_TOKENS[EOS]
+    spec.config.add_source_bos = spec.config.add_source_eos = True
+    spec.config.layer_norm_epsilon = model.encoder.norm.eps
+    spec.validate()
+    spec.optimize(quantization=None if quantization == "float32" else quantization)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    spec.save(str(output_dir))
+    copy_tokenizers(translator, Path(output_dir))
+
+
+def tokens_of(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+
+
+def set_encoder_block(block, layer: EncoderBlock) -> None:
+    norms = [residual.norm for residual in layer.residual_connections]
+    set_attention(block.self_attention, layer.self_attention_block, norms[0], fused="qkv")
+    set_feed_forward(block.ffn, layer.feed_forward_block, norms[1])
+
+
+def set_decoder_block(block, layer: DecoderBlock) -> None:
+    norms = [residual.norm for residual in layer.residual_connections]
+    set_attention(block.self_attention, layer.self_attention_block, norms[0], fused="qkv")
+    set_attention(block.attention, layer.cross_attention_block, norms[1], fused="kv")
+    set_feed_forward(block.ffn, layer.feed_forward_block, norms[2])
+
+
+def set_attention(
+    spec: attention_spec.MultiHeadAttentionSpec, block: MultiHeadAttentionBlock, norm: nn.LayerNorm, fused: str
+) -> None:
+    """`fused`: what CTranslate2 keeps in one matrix, queries, keys and values or, in cross-attention, the last two."""
+    set_norm(spec.layer_norm, norm)
+    matrices = {"q": block.w_q, "k": block.w_k, "v": block.w_v}
+    if fused == "kv":
+        set_linear(spec.linear[0], block.w_q)
+    place = spec.linear[0 if fused == "qkv" else 1]
+    place.weight = torch.cat([matrices[name].weight for name in fused]).numpy()  # (2 D or 3 D, D)
+    set_linear(spec.linear[-1], block.w_o)
+
+
+def set_feed_forward(spec, block: nn.Module, norm: nn.LayerNorm) -> None:
+    set_norm(spec.layer_norm, norm)
+    set_linear(spec.linear_0, block.linear_1)
+    set_linear(spec.linear_1, block.linear_2)
+
+
+def set_linear(spec: common_spec.LinearSpec, linear: nn.Linear) -> None:
+    spec.weight = linear.weight.numpy()
+    if linear.bias is not None:
+        spec.bias = linear.bias.numpy()
+
+
+def set_norm(spec: common_spec.LayerNormSpec, norm: nn.LayerNorm) -> None:
+    spec.gamma, spec.beta = norm.weight.numpy(), norm.bias.numpy()
+
+
+def set_positions(spec, positions: PositionalEncoding) -> None:
+    spec.position_encodings.encodings = positions.pe.numpy()
+
+
+# ---------------------------------------------------------------------------- safetensors
+
+
+def to_safetensors(translator: Translator, output_dir: str | Path) -> None:
+    """Writes weights, config.json, tokenizers and a model card; `Translator.load` reads the folder, or its Hub name."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_model(translator.model, str(folder / WEIGHTS_FILE))
+    save_config(dataclasses.replace(translator.config, run_dir=str(folder)))
+    copy_tokenizers(translator, folder)
+    (folder / "README.md").write_text(model_card(translator), encoding="utf8")
+
+
+def copy_tokenizers(translator: Translator, folder: Path) -> None:
+    for lang in (translator.config.lang_src, translator.config.lang_tgt):
+        source = tokenizer_path(translator.config, lang)
+        if source.parent.resolve() != folder.resolve():
+            shutil.copy(source, folder / source.name)
+
+
+def model_card(translator: Translator) -> str:
+    config = translator.config
+    parameters = sum(p.numel() for p in translator.model.parameters())
+    return f"""---
+language: [{config.lang_src}, {config.lang_tgt}]
+pipeline_tag: translation
+---
+A Transformer for translation from {config.lang_src} to {config.lang_tgt}, trained on {config.datasource}:
+{config.encoder_layers} encoder and {config.decoder_layers} decoder layers of width {config.d_model},
+{parameters:,} parameters.
+
+```python
+from translate import Translator
+
+print(Translator.load("THIS/NAME").translate(["A sentence."]))
+```
+"""
+
+
+def command(
+    output_dir: str,
+    run_dir: str = "",
+    form: Literal["ctranslate2", "safetensors"] = "ctranslate2",
+    quantization: QUANTIZATIONS = "float32",
+    weights: str = "best",
+    average: int = 1,
+) -> None:
+    """Writes a trained run in the form of another program.
+
+    Args:
+        output_dir: the folder to write, new or empty
+        run_dir: the run's folder; empty: the run trained last
+        form: ctranslate2, a fast C++ engine; or safetensors, for the Hugging Face Hub
+        quantization: of the CTranslate2 model's weights
+        weights: best (by the validation score), latest, or an epoch's number
+        average: average the weights of so many epochs, the best or the latest
+    """
+    folder = Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already; give a new or an empty folder")
+    translator = Translator.load(run_dir, "cpu", weights, average)
+    translator.model.requires_grad_(False)
+    if form == "ctranslate2":
+        to_ctranslate2(translator, folder, quantization)
+    else:
+        to_safetensors(translator, folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"wrote {folder} ({size / 1e6:.1f} MB): {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+if __name__ == "__main__":
+    run_command(lambda argv: parse(command, argv))
