@@ -21,59 +21,18 @@ from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import parallel
 from checkpoint import merit, only_trainer, read_scores, sweep, write_scores
 from config import Config, InputError, get_config, get_weights_file_path, parse_config, run_command, weights_files
 from dataset import PAD, make_batches, make_loader
 from evaluate import format_scores, score
-from model import Transformer
-from ops import fused_loss
+from loss import cross_entropy
 from training_run import Run, check_writable, prune, save, save_within_epoch, start, update_average
 
 LOG_EVERY = 10  # optimizer steps between two lines of the log
-
-
-def real_labels(batch: dict, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where in the flat batch (B T) the N target tokens stand that are no padding, and their labels, each (N,).
-
-    Found where the batch was made, so that no device has to wait for the count.
-    """
-    label = batch["label"].flatten()
-    real = (label != PAD).nonzero().squeeze(1)
-    return real.to(device, non_blocking=True), label[real].to(device, non_blocking=True)
-
-
-def batch_loss(run: Run, model: Transformer, batch: dict, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy in nats, summed over the batch's target tokens; padding is left out before the projection."""
-    real, label = real_labels(batch, run.device)
-    with run.autocast():
-        x = model.hidden(*run.inputs(batch)).flatten(0, 1).index_select(0, real)  # (B, T, D) -> (N, D)
-        return fused_loss(x, model.projection_layer.proj, label, smoothing)
-
-
-def training_loss(run: Run, batch: dict) -> Tensor:
-    return batch_loss(run, run.model, batch, run.config.label_smoothing)
-
-
-def rdrop_loss(run: Run, batch: dict) -> Tensor:
-    """R-Drop (Wu et al., 2021, equation 4), halved: two passes under different dropout, which should agree.
-
-    The mean of their two losses, and alpha / 4 times the Kullback-Leibler divergence between their
-    predictions, both ways; summed over the batch's target tokens.
-    """
-    real, label = real_labels(batch, run.device)
-    twice = [torch.cat([tensor, tensor]) for tensor in run.inputs(batch)]
-    with run.autocast():
-        x = run.model.hidden(*twice).unflatten(0, (2, -1)).flatten(1, 2).index_select(1, real)  # (2, N, D)
-        logits = run.model.project(x).float()  # (2, N, V)
-    smoothing = run.config.label_smoothing
-    loss = F.cross_entropy(logits.flatten(0, 1), label.repeat(2), label_smoothing=smoothing, reduction="sum")
-    log_p, log_q = logits.log_softmax(-1)
-    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()  # KL(p, q) + KL(q, p)
-    return loss / 2 + run.config.rdrop_alpha / 4 * divergence
 
 
 def learning_rate(step: int, config: Config, total_steps: int) -> float:
@@ -96,7 +55,8 @@ def validation_loss(run: Run) -> float:
     """Cross-entropy in nats a target token, without smoothing, over the whole validation set."""
     loss, tokens = 0.0, 0
     for batch in make_loader(run.validation, make_batches(run.validation, run.config, epoch=None)):
-        loss += batch_loss(run, run.translator.model, batch).item()
+        with run.autocast():
+            loss += cross_entropy(run.translator.model, *run.inputs(batch)).item()
         tokens += (batch["label"] != PAD).sum().item()
     return loss / tokens
 
@@ -138,16 +98,23 @@ def validated(run: Run) -> bool:
 # ---------------------------------------------------------------------------- the loop
 
 
-def train_step(run: Run, batches: list[dict]) -> tuple[Tensor, Tensor, int]:
-    """One optimizer step over these batches: loss a target token, gradient norm, number of target tokens."""
-    tokens = sum(int((batch["label"] != PAD).sum()) for batch in batches)
+def train_step(run: Run, batches: list[dict], counts: bool = True) -> tuple[Tensor, Tensor, int]:
+    """One optimizer step over these batches, and those of the other processes.
+
+    Returns the loss a target token, the gradient norm and the number of target tokens. A process whose
+    batch `counts` not goes through the same motions and adds nothing.
+    """
+    own = sum(int((batch["label"] != PAD).sum()) for batch in batches) if counts else 0
+    tokens = parallel.total(own)
     rate = learning_rate(run.progress.step, run.config, run.total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     total = torch.zeros((), device=run.device)
-    for batch in batches:
-        loss = (rdrop_loss if run.config.rdrop_alpha else training_loss)(run, batch) / tokens
-        loss.backward()
+    for i, batch in enumerate(batches):
+        with run.autocast(), run.together(i == len(batches) - 1):
+            # Gradients are averaged over the processes, but each token of the step has the same weight.
+            loss = run.learner(*run.inputs(batch)) * (counts * parallel.world_size() / tokens)
+            loss.backward()
         total += loss.detach()
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -171,23 +138,33 @@ def train_epoch(run: Run) -> None:
     config, progress = run.config, run.progress
     batches = make_batches(run.train, config, progress.epoch)
     run.train.begin_epoch(progress.epoch)
-    loader = iter(make_loader(run.train, batches[progress.batch :], config.num_workers, run.device.type == "cuda"))
+    left = batches[progress.batch :]
+    shares = parallel.share_of(left, config.accumulation_steps)
+    own = [batch for share in shares for batch in share or left[-1:]]  # a process without a batch takes one in vain
+    loader = iter(make_loader(run.train, own, config.num_workers, run.device.type == "cuda"))
     meter = Meter(run)
     with tqdm(
-        total=len(batches), initial=progress.batch, unit="batch", desc=f"Epoch {progress.epoch:02d}", dynamic_ncols=True
+        total=len(batches),
+        initial=progress.batch,
+        unit="batch",
+        desc=f"Epoch {progress.epoch:02d}",
+        dynamic_ncols=True,
+        disable=not parallel.is_first(),
     ) as bar:
-        while group := next_batches(loader, config):
+        for share in shares:
+            group = next_batches(loader, max(1, len(share)), config)
             try:
-                meter.add(*train_step(run, group))
+                meter.add(*train_step(run, group, counts=bool(share)))
             except torch.OutOfMemoryError:
                 sizes = " and ".join(f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in group)
                 raise InputError(f"out of memory in a batch of {sizes}; lower --batch-tokens, or --seq-len") from None
-            progress.batch += len(group)
+            done = min(config.accumulation_steps * parallel.world_size(), len(batches) - progress.batch)
+            progress.batch += done
             progress.step += 1
-            bar.update(len(group))
+            bar.update(done)
             if progress.step % LOG_EVERY == 0 or progress.batch == len(batches):
                 bar.set_postfix_str(meter.log())
-            if run.stop_signal or run.done():
+            if asked_to_stop(run) or run.done():
                 break
             if config.save_every_steps and progress.step % config.save_every_steps == 0:
                 save_within_epoch(run)
@@ -195,10 +172,10 @@ def train_epoch(run: Run) -> None:
         progress.epoch, progress.batch = progress.epoch + 1, 0
 
 
-def next_batches(loader: Iterator[dict], config: Config) -> list[dict]:
-    """The batches of one optimizer step; fewer, or none, at the epoch's end."""
+def next_batches(loader: Iterator[dict], count: int, config: Config) -> list[dict]:
+    """The batches of one optimizer step."""
     try:
-        return list(islice(loader, config.accumulation_steps))
+        return list(islice(loader, count))
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -226,13 +203,14 @@ class Meter:
         """Loss is the mean since the last look, in nats a target token; speed in target tokens a second."""
         step = self.run.progress.step
         values = {
-            "loss": float(self.loss) / self.tokens,
+            "loss": parallel.total(float(self.loss)) / parallel.world_size() / self.tokens,
             "lr": self.run.optimizer.param_groups[0]["lr"],
             "tokens_per_second": self.tokens / (time.perf_counter() - self.since),
             "gradient_norm": float(self.norm),
         }
         for name, value in values.items():
-            self.run.writer.add_scalar(f"train/{name}", value, step)
+            if self.run.writer:
+                self.run.writer.add_scalar(f"train/{name}", value, step)
         self.clear()
         return f"loss {values['loss']:.3f}, lr {values['lr']:.1e}, {values['tokens_per_second']:,.0f} tokens/s"
 
@@ -248,7 +226,7 @@ def stop_at_step_boundary(run: Run) -> Iterator[None]:
     def ask(number: int, frame) -> None:
         if os.getpid() != trainer:  # a worker that prepares batches inherits this; it ends with the trainer
             return
-        run.stop_signal = number
+        run.signal_here = number
         signal.signal(number, signal.SIG_DFL)
         tqdm.write(f"{signal.Signals(number).name}: saving after this step; once more stops at once", file=sys.stderr)
 
@@ -260,53 +238,83 @@ def stop_at_step_boundary(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def asked_to_stop(run: Run) -> bool:
+    """Whether a signal has come, to whichever process: all have to stop after the same step."""
+    run.stop_signal = parallel.largest(run.signal_here)
+    return run.stop_signal > 0
+
+
 def train_model(config: Config) -> Run:
     """Trains, or goes on training, the run in `config.folder`; the model it returns is ready to translate."""
-    check_writable(config.folder)
-    new = not config.folder.exists()
-    config.folder.mkdir(parents=True, exist_ok=True)
-    with only_trainer(config.folder):
-        sweep(config.folder)
-        try:
-            run = start(config)
-        except InputError:
-            if new:  # bad input leaves nothing behind
-                shutil.rmtree(config.folder, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    config.folder.parent.rmdir()  # weights/, if it was made for this run
-            raise
+    with parallel.process_group(), contextlib.ExitStack() as held:
+        run = parallel.first_then_others(lambda: begin(config, held))
+        run.learner = parallel.wrapped(run.learner, run.device)
         train_to_the_end(run)
     run.translator.model.eval()
     return run
 
 
+def begin(config: Config, held: contextlib.ExitStack) -> Run:
+    """Takes the run's folder, under a lock that `held` keeps, and starts; bad input leaves nothing behind."""
+    if not parallel.is_first():
+        return start(config)
+    check_writable(config.folder)
+    new = not config.folder.exists()
+    config.folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(only_trainer(config.folder))
+    sweep(config.folder)
+    try:
+        return start(config)
+    except InputError:
+        if new:
+            shutil.rmtree(config.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                config.folder.parent.rmdir()  # weights/, if it was made for this run
+        raise
+
+
 def train_to_the_end(run: Run) -> None:
     """Epoch after epoch, each saved, then validated."""
     config = run.config
-    if run.progress.step and run.progress.batch == 0 and not validated(run):
-        run_validation(run)
-    if run.done() or out_of_patience(config):
+    if run.progress.step and run.progress.batch == 0:
+        validate(run, unless_done=True)
+    if run.done() or no_more_patience(config):
         done = f"{run.progress.epoch} epochs and {run.progress.step:,} steps are done"
-        print(f"nothing left to train: {done}; raise --num-epochs, --max-steps or --patience to go on")
+        say(f"nothing left to train: {done}; raise --num-epochs, --max-steps or --patience to go on")
         return
-    run.model.train()
+    run.learner.train()
     begun = time.perf_counter()
     with stop_at_step_boundary(run):
-        while not (run.done() or run.stop_signal or out_of_patience(config)):
+        while not (run.done() or asked_to_stop(run) or no_more_patience(config)):
             epoch = run.progress.epoch
             train_epoch(run)
             if run.progress.epoch > epoch:
                 save(run, get_weights_file_path(config, epoch))
             elif run.progress.batch:
-                path = save_within_epoch(run)
-                tqdm.write(f"saved {path}")
+                say(f"saved {save_within_epoch(run)}")
             if not run.stop_signal:
-                run_validation(run)
-                prune(config)
-    run.writer.close()
-    if out_of_patience(config):
-        print(f"stopped early: no better {config.best_by} for {config.patience} epochs")
-    print(f"trained in {time.perf_counter() - begun:.0f} s")
+                validate(run)
+    if run.writer:
+        run.writer.close()
+    if no_more_patience(config):
+        say(f"stopped early: no better {config.best_by} for {config.patience} epochs")
+    say(f"trained in {time.perf_counter() - begun:.0f} s")
+
+
+def validate(run: Run, unless_done: bool = False) -> None:
+    """The first process validates, and removes the checkpoints that are worth no more."""
+    if parallel.is_first() and not (unless_done and validated(run)):
+        run_validation(run)
+        prune(run.config)
+
+
+def say(words: str) -> None:
+    if parallel.is_first():
+        tqdm.write(words)
+
+
+def no_more_patience(config: Config) -> bool:
+    return parallel.from_first(parallel.is_first() and out_of_patience(config))
 
 
 def out_of_patience(config: Config) -> bool:
@@ -334,12 +342,11 @@ def what_next(run: Run) -> None:
 def main(argv: list[str]) -> None:
     run = train_model(parse_config(argv))
     if run.stop_signal:
-        print(
-            f"stopped; the same command goes on from here: python train.py --run-dir {run.config.folder}",
-            file=sys.stderr,
-        )
+        if parallel.is_first():
+            print(f"stopped; to go on from here: python train.py --run-dir {run.config.folder}", file=sys.stderr)
         sys.exit(128 + run.stop_signal)
-    what_next(run)
+    if parallel.is_first():
+        what_next(run)
 
 
 if __name__ == "__main__":

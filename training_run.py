@@ -1,11 +1,12 @@
 """A training run: what the loop has at hand, how it begins, how it is saved, how it goes on to the bit."""
 
+import contextlib
 import copy
 import hashlib
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+import parallel
 from checkpoint import (
     DamagedCheckpoint,
     best_first,
@@ -35,6 +37,7 @@ from config import (
 )
 from corpus import count_shared, load_split
 from dataset import BilingualDataset, get_ds, make_batches, tokenizer_path
+from loss import Learner, target_tokens
 from model import Transformer
 from translate import WEIGHTS_FILE, Translator, check_tokenizers, get_device, get_model
 
@@ -50,12 +53,17 @@ class Progress:
 
 @dataclass
 class Run:
-    """What the loop needs at hand. With `ema_decay` the model that translates is an average of the one that learns."""
+    """What the loop needs at hand.
+
+    `learner` is the model with its loss, wrapped where several processes train. With `ema_decay` the
+    model that translates is an average of the one that learns.
+    """
 
     config: Config
     device: torch.device
     precision: str
     model: Transformer
+    learner: nn.Module
     train: BilingualDataset
     validation: BilingualDataset
     translator: Translator
@@ -63,15 +71,21 @@ class Run:
     total_steps: int
     progress: Progress
     writer: SummaryWriter | None = None
-    stop_signal: int | None = field(default=None)
+    signal_here: int = 0  # the signal that this process was sent
+    stop_signal: int = 0  # the one on which all processes stop
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def inputs(self, batch: dict) -> list[Tensor]:
-        """The model's four arguments, on its device."""
+        """The arguments of the loss, on the model's device."""
         names = ("encoder_input", "decoder_input", "encoder_mask", "decoder_mask")
-        return [batch[name].to(self.device, non_blocking=True) for name in names]
+        tensors = [*(batch[name] for name in names), *target_tokens(batch)]
+        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+
+    def together(self, now: bool):
+        """Where gradients are averaged over the processes: only at a step's last batch."""
+        return contextlib.nullcontext() if now or parallel.world_size() == 1 else self.learner.no_sync()
 
     def done(self) -> bool:
         progress, config = self.progress, self.config
@@ -107,23 +121,28 @@ def choose_precision(config: Config, device: torch.device) -> str:
 
 def start(config: Config) -> Run:
     """Everything up to the first step: checkpoint found, data prepared, model built or restored."""
-    device = get_device(config.device)
+    device = parallel.own_device(get_device(config.device))
+    first = parallel.is_first()
     state, path, in_the_way = choose_checkpoint(config)
     # Bad input has to come to light before anything is written or moved.
-    shared = count_shared(load_split(config, "train"), load_split(config, "validation"))
-    if state is None and in_the_way:
+    shared = first and count_shared(load_split(config, "train"), load_split(config, "validation"))
+    if state is None and in_the_way and first:
         print(f"preload none: an earlier run's checkpoints were moved to {set_aside(in_the_way)}")
     train, validation, tokenizer_src, tokenizer_tgt = get_ds(config)
     torch.manual_seed(config.seed)
     model = get_model(config, tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()).to(device)
     optimizer = make_optimizer(model, config, device)
-    steps_per_epoch = math.ceil(len(make_batches(train, config, epoch=0)) / config.accumulation_steps)
+    if not first:
+        torch.manual_seed(config.seed + parallel.rank())  # the same weights, another dropout
+    batches_a_step = config.accumulation_steps * parallel.world_size()
+    steps_per_epoch = math.ceil(len(make_batches(train, config, epoch=0)) / batches_a_step)
     total_steps = steps_per_epoch * config.num_epochs
     run = Run(
         config=config,
         device=device,
         precision=choose_precision(config, device),
         model=model,
+        learner=Learner(model, config.label_smoothing, config.rdrop_alpha),
         train=train,
         validation=validation,
         translator=Translator(
@@ -136,7 +155,8 @@ def start(config: Config) -> Run:
         total_steps=min(total_steps, config.max_steps or total_steps),
         progress=Progress(),
     )
-    describe(run)
+    if first:
+        describe(run)
     if shared:
         print(
             f"warning: {shared:,} validation pairs also stand in the training set, so scores will flatter",
@@ -144,10 +164,11 @@ def start(config: Config) -> Run:
         )
     if state:
         restore(run, state, path)
-        if in_the_way:
+        if in_the_way and first:
             print(f"preload {config.preload}: later checkpoints were moved to {set_aside(in_the_way)}")
-    save_config(config)
-    run.writer = SummaryWriter(str(config.folder / "tensorboard"), purge_step=run.progress.step + 1)
+    if first:
+        save_config(config)
+        run.writer = SummaryWriter(str(config.folder / "tensorboard"), purge_step=run.progress.step + 1)
     return run
 
 
@@ -158,7 +179,8 @@ def describe(run: Run) -> None:
     name = names.get(device.type, lambda _: "Apple GPU")(device)
     parameters = sum(p.numel() for p in run.model.parameters())
     sizes = run.translator.tokenizer_src.get_vocab_size(), run.translator.tokenizer_tgt.get_vocab_size()
-    print(f"device       {device.type} ({name}), {run.precision}")
+    processes = f", {parallel.world_size()} processes" if parallel.world_size() > 1 else ""
+    print(f"device       {device.type} ({name}), {run.precision}{processes}")
     print(f"run          {config.folder}")
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
     print(f"             {len(run.train):,} pairs to train on, {len(run.validation):,} to validate on")
@@ -185,8 +207,11 @@ def check_writable(folder: Path) -> None:
 
 
 def save(run: Run, path: str | Path) -> None:
-    """Everything that a run needs to go on as if it had never stopped."""
+    """Everything that a run needs to go on as if it had never stopped; the first process writes it."""
     config, progress = run.config, run.progress
+    rng = parallel.gather(rng_state())
+    if not parallel.is_first():
+        return
     save_checkpoint(
         path,
         {
@@ -194,7 +219,7 @@ def save(run: Run, path: str | Path) -> None:
             "learner": run.model.state_dict() if config.ema_decay else None,
             "optimizer": run.optimizer.state_dict(),
             "progress": asdict(progress),
-            "rng": rng_state(),
+            "rng": rng,
             "config": asdict(config),
             "corpus": corpus_fingerprint(run.train),
             "tokenizers": [
@@ -234,6 +259,14 @@ def rng_state() -> dict:
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.backends.mps.is_available() and state["mps"] is not None:
+        torch.mps.set_rng_state(state["mps"])
 
 
 def corpus_fingerprint(dataset: BilingualDataset) -> str:
@@ -301,14 +334,12 @@ def restore(run: Run, state: dict, path: Path) -> None:
     for group, mine in zip(run.optimizer.param_groups, settings, strict=True):
         group.update(mine)  # what the command line says now, not what it said then
     run.progress = Progress(**state["progress"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-    if torch.backends.mps.is_available() and state["rng"]["mps"] is not None:
-        torch.mps.set_rng_state(state["rng"]["mps"])
-    where = f"batch {run.progress.batch} of epoch" if run.progress.batch else "the start of epoch"
-    drop_later_scores(run)
-    print(f"going on     from {path.name}, at {where} {run.progress.epoch}, step {run.progress.step:,}")
+    if len(state["rng"]) == parallel.world_size():  # else dropout goes another way
+        set_rng_state(state["rng"][parallel.rank()])
+    if parallel.is_first():
+        drop_later_scores(run)
+        where = f"batch {run.progress.batch} of epoch" if run.progress.batch else "the start of epoch"
+        print(f"going on     from {path.name}, at {where} {run.progress.epoch}, step {run.progress.step:,}")
 
 
 def drop_later_scores(run: Run) -> None:

@@ -19,6 +19,7 @@ import torch
 import attention
 import checkpoint
 import evaluate
+import loss
 import train
 import translate
 from config import parse, run_command, weights_files
@@ -292,11 +293,7 @@ ENVIRONMENT = {
     "loader worker killed": (train, "islice", raising(RuntimeError("DataLoader worker (pid 7) is killed by signal"))),
     "out of memory": (train, "train_step", raising(torch.OutOfMemoryError())),
     "disk full": (train, "write_scores", raising(OSError(28, "No space left on device"))),
-    "loss not finite": (
-        train,
-        "training_loss",
-        lambda run, batch: batch["label"].sum() * next(run.model.parameters()).sum() * float("nan"),
-    ),
+    "loss not finite": (loss, "cross_entropy", lambda model, *_, **__: next(model.parameters()).sum() * float("nan")),
 }
 
 

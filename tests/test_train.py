@@ -16,6 +16,7 @@ import train as t
 import training_run as r
 from checkpoint import best_first, load_checkpoint, only_trainer, read_scores
 from config import Config, InputError, get_config, weights_files
+from loss import Learner
 from ops import Dropout
 from train import learning_rate, train_model
 from translate import Translator
@@ -139,7 +140,7 @@ def test_going_on_from_an_epoch_gives_the_same_next_epoch(tiny_config, tmp_path)
     assert (tiny_config.folder / "set_aside" / "tmodel_01.pt").exists()
 
 
-STATE = ["model", "learner", "optimizer", "progress.epoch", "progress.batch", "progress.step", "rng.cpu"]
+STATE = ["model", "learner", "optimizer", "progress.epoch", "progress.batch", "progress.step", "rng"]
 
 
 @pytest.mark.parametrize("field", STATE)
@@ -158,7 +159,7 @@ def test_every_part_of_the_state_is_needed(tiny_config, field, monkeypatch):
             "learner": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "progress": {"epoch": 0, "batch": 0, "step": 0},
-            "rng": r.rng_state(),
+            "rng": [r.rng_state()],
         }
         name, *inner = field.split(".")
         restore(run, {**state, name: {**state[name], inner[0]: fresh[name][inner[0]]} if inner else fresh[name]}, path)
@@ -443,8 +444,9 @@ def test_every_regulariser_resumes_bit_identical(tiny_config, tmp_path):
 def test_rdrop_is_the_loss_where_nothing_is_dropped_and_more_where_it_is(tiny_config):
     run = r.start(replace(tiny_config, rdrop_alpha=5.0))
     batch = run.train[[0, 1, 2, 3]]
-    assert t.rdrop_loss(run, batch).item() > t.training_loss(run, batch).item() * 1.001
+    plain = Learner(run.model, run.config.label_smoothing)
+    assert run.learner(*run.inputs(batch)).item() > plain(*run.inputs(batch)).item() * 1.001
     for module in run.model.modules():
         if isinstance(module, Dropout):
             module.p = 0.0
-    assert t.rdrop_loss(run, batch).item() == pytest.approx(t.training_loss(run, batch).item(), rel=1e-5)
+    assert run.learner(*run.inputs(batch)).item() == pytest.approx(plain(*run.inputs(batch)).item(), rel=1e-5)
