@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import MODEL_BASENAME, Config, InputError, weights_files, write_atomically
+from config import MODEL_BASENAME, Config, InputError, checkpoint_name, closes_epoch, weights_files, write_atomically
 
 try:
     import fcntl
@@ -48,7 +48,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # a full disk is either, depending on where it strikes
-        reason = error if isinstance(error, OSError) else "not all of it could be written; is the disk full?"
+        reason = error if isinstance(error, OSError) else f"{str(error).splitlines()[0]}; is the disk full?"
         raise InputError(
             f"cannot save {path} ({reason}); free some space or mend the folder's permissions; "
             "older checkpoints are untouched"
@@ -147,20 +147,19 @@ def write_scores(run_dir: str | Path, rows: list[dict]) -> None:
     write_atomically(Path(run_dir) / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def merit(row: dict, best_by: str) -> float:
-    """What makes one validation better than another: higher is better. Where nothing was translated, the loss."""
-    return -row["loss"] if best_by == "loss" or best_by not in row else row[best_by]
+def merits(rows: list[dict], best_by: str) -> list[float]:
+    """What makes one validation better than another: higher is better. By the loss, unless all were scored."""
+    by_score = best_by != "loss" and all(best_by in row for row in rows)
+    return [row[best_by] if by_score else -row["loss"] for row in rows]
 
 
 def best_first(config: Config) -> list[Path]:
     """The run's checkpoints by their validation score, the newer of equals first; those without one come last."""
-    merits = {}
-    for row in read_scores(config.folder):
-        within = f"{row['epoch']:02d}_step_{row['step']:08d}"
-        name = within if row["batch"] else f"{row['epoch'] - 1:02d}"
-        merits[f"{MODEL_BASENAME}{name}.pt"] = merit(row, config.best_by)
+    rows = read_scores(config.folder)
+    names = [checkpoint_name(row["epoch"], row["batch"], row["step"]) for row in rows]
+    known = dict(zip(names, merits(rows, config.best_by), strict=True))
     newest_first = reversed(weights_files(config.folder))
-    return sorted(newest_first, key=lambda path: merits.get(path.name, -math.inf), reverse=True)
+    return sorted(newest_first, key=lambda path: known.get(path.name, -math.inf), reverse=True)
 
 
 def load_chosen(config: Config, weights: str = "best", average: int = 1) -> tuple[Path, dict]:
@@ -169,21 +168,13 @@ def load_chosen(config: Config, weights: str = "best", average: int = 1) -> tupl
     With `average` its "model" is the mean over that many epochs (Vaswani et al., 2017, section 6.1).
     A damaged file is named and passed over. Raises InputError where too few are left.
     """
-    if weights == "best":
-        files = best_first(config)
-    elif weights == "latest":
-        files = weights_files(config.folder)[::-1]
-    else:
-        files = [path for path in weights_files(config.folder) if path.stem == f"{MODEL_BASENAME}{weights.zfill(2)}"]
-        if not files:
-            have = ", ".join(path.name for path in weights_files(config.folder)) or "none"
-            raise InputError(f"no weights {weights!r} in {config.folder}: give best, latest or one of {have}")
-    if average > 1:
-        files = [path for path in files if "_step_" not in path.name]
+    files = candidates(config, weights, average)
     chosen: list[tuple[Path, dict]] = []
     for path in files:
         try:
             state = load_checkpoint(path)
+        except FileNotFoundError:  # a trainer at work has just removed it
+            continue
         except DamagedCheckpoint as error:
             print(f"warning: {path} is passed over: {error}", file=sys.stderr)
             continue
@@ -193,7 +184,7 @@ def load_chosen(config: Config, weights: str = "best", average: int = 1) -> tupl
         chosen.append((path, state))
         if len(chosen) == average:
             return chosen[0]
-    if not files:
+    if not files and average == 1:
         raise InputError(
             f"the run {config.folder} has no checkpoint yet; train it with python train.py --run-dir {config.folder}"
         )
@@ -201,6 +192,23 @@ def load_chosen(config: Config, weights: str = "best", average: int = 1) -> tupl
         f"{len(chosen)} of the checkpoints in {config.folder} can be read, {average} wanted; "
         "lower --average, restore one, or train with a higher --keep-checkpoints"
     )
+
+
+def candidates(config: Config, weights: str, average: int) -> list[Path]:
+    """The files that may be used, the wanted one first; only those that close an epoch are averaged."""
+    if average < 1:
+        raise InputError(f"--average is {average}; give 1 or more")
+    if weights in ("best", "latest"):
+        files = best_first(config) if weights == "best" else weights_files(config.folder)[::-1]
+        return files if average == 1 else [path for path in files if closes_epoch(path)]
+    if average > 1:
+        raise InputError(f"--average {average} goes with --weights best or latest, not with one epoch")
+    files = weights_files(config.folder)
+    found = [path for path in files if path.stem == f"{MODEL_BASENAME}{weights.zfill(2)}"]
+    if not found:
+        have = ", ".join(path.name for path in files) or "none"
+        raise InputError(f"no weights {weights!r} in {config.folder}: give best, latest or one of {have}")
+    return found
 
 
 def move_mean(mean: dict[str, Tensor], new: dict[str, Tensor], count: int) -> None:

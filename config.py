@@ -315,6 +315,15 @@ def weights_files(run_dir: str | Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
+def checkpoint_name(epoch: int, batch: int, step: int) -> str:
+    """The file of a run that stands before this batch of this epoch, after so many steps."""
+    return f"{MODEL_BASENAME}{epoch:02d}_step_{step:08d}.pt" if batch else f"{MODEL_BASENAME}{epoch - 1:02d}.pt"
+
+
+def closes_epoch(path: Path) -> bool:
+    return "_step_" not in path.name
+
+
 def latest_weights_file_path(config: Config) -> str | None:
     """The newest checkpoint's path, or None where there is none."""
     files = weights_files(config.folder)
@@ -337,7 +346,9 @@ def load_config(run_dir: str | Path) -> Config:
     try:
         values = json.loads(path.read_text(encoding="utf8"))
         reject_unknown(values)
-        return Config(**{**values, "run_dir": str(run_dir)})
+        # Runs from before these fields kept every checkpoint and had one dropout for all.
+        inside = dict.fromkeys(("attention_dropout", "feed_forward_dropout"), values.get("dropout", 0.1))
+        return Config(**{"keep_checkpoints": 0, **inside, **values, "run_dir": str(run_dir)})
     except (ValueError, TypeError, InputError) as error:
         raise InputError(f"{path}: {error}; restore the file, or train afresh in another --run-dir") from None
 
@@ -349,6 +360,11 @@ def newest_run() -> Path:
     if not runs:
         raise InputError("no trained run under weights/; train one first: python train.py --preset toy")
     return max(runs, key=runs.get)
+
+
+def check_new_folder(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already; give a new or an empty folder")
 
 
 def write_atomically(path: Path, text: str) -> None:

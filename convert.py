@@ -5,8 +5,8 @@ python convert.py --weights tmodel_19.pt --tokenizer-src tokenizer_en.json --tok
 
 Two things differ there. Its LayerNorm divides by the unbiased standard deviation plus 1e-6, ours by the
 root of the biased variance plus 1e-5: for D features the unbiased one is larger by sqrt(D / (D - 1)),
-which goes into the scale, and what is left of the difference is below rounding where features vary at
-all. And its alpha and bias may be single numbers for all features.
+which goes into the scale. What the epsilons leave, 5e-6 over the variance, is not converted. And its
+alpha and bias may be single numbers for all features.
 """
 
 import math
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import InputError, get_config, parse, run_command
+from config import InputError, check_new_folder, get_config, parse, run_command
 from dataset import load_tokenizer
-from export import to_safetensors
+from export import UNKNOWN_CORPUS, to_safetensors
 from translate import Translator, get_model
 
 
@@ -42,15 +42,21 @@ def convert(
         lang_src: the source language, such as en
         lang_tgt: the target language, such as it
         run_dir: the folder to write, new or empty
-        num_heads: attention heads, which the weights do not tell; 8 in the video
+        num_heads: attention heads, 8 in the video; the weights do not tell, and a wrong number translates badly
     """
     folder = Path(run_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already; give a new or an empty folder")
+    check_new_folder(folder)
     state = read_weights(Path(weights))
     shape = architecture(state, Path(weights))
     config = get_config(
-        "tutorial", run_dir=run_dir, lang_src=lang_src, lang_tgt=lang_tgt, num_heads=num_heads, dropout=0.1, **shape
+        "tutorial",
+        run_dir=run_dir,
+        datasource=UNKNOWN_CORPUS,
+        lang_src=lang_src,
+        lang_tgt=lang_tgt,
+        num_heads=num_heads,
+        dropout=0.1,
+        **shape,
     )
     tokenizers = [load_tokenizer(Path(path)) for path in (tokenizer_src, tokenizer_tgt)]
     model = get_model(config, *(tokenizer.get_vocab_size() for tokenizer in tokenizers))
@@ -63,15 +69,15 @@ def convert(
         shutil.copy(path, folder / f"tokenizer_{lang}.json")
     to_safetensors(Translator(model, config, *tokenizers), folder)
     print(f'wrote {folder}; try: python translate.py --run-dir {folder} "A sentence."')
+    print(f"to score it: python evaluate.py --run-dir {folder} --source FILE --reference FILE")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"no file {path}; give a checkpoint of the video's train.py")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state["model_state_dict"]
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError):
+        return dict(torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"])
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, ValueError):
         raise InputError(f"{path} is not a checkpoint of the video's train.py, or damaged; give another") from None
 
 
@@ -90,8 +96,10 @@ def architecture(state: dict[str, Tensor], path: Path) -> dict[str, int]:
             "decoder_layers": layers("decoder"),
             "seq_len": state["src_pos.pe"].size(1),
         }
-    except KeyError as error:
-        raise InputError(f"{path} has no {error}; give a checkpoint of the video's train.py") from None
+    except (LookupError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not the video's model ({error}); give a checkpoint of the video's train.py"
+        ) from None
 
 
 def renamed(state: dict[str, Tensor]):

@@ -90,14 +90,17 @@ def command(
         "run": str(translator.config.folder),
         "of": source or f"{split} split",
         "sentences": len(sources),
+        "weights": translator.weights,
+        "average": average,
         "beam_size": beam_size,
+        "length_penalty": length_penalty,
         "seconds": round(seconds, 3),
     }
     bleu_signature, chrf_signature = signature(bleu_tokenizer), signature(metric="chrf")
     if as_json:
         print(json.dumps({**about, **scores, "signature": bleu_signature, "chrf_signature": chrf_signature}))
     else:
-        print("{run}, {of}, {sentences:,} sentences, beam {beam_size}, {seconds:.1f} s".format(**about))
+        print("{run}, {weights}, {of}, {sentences:,} sentences, beam {beam_size}, {seconds:.1f} s".format(**about))
         print(format_scores(scores))
         print(f"BLEU signature {bleu_signature}")
         print(f"chrF signature {chrf_signature}")

@@ -29,8 +29,9 @@ from corpus import load_split
 from dataset import EOS, SOS, padding_mask
 from evaluate import score
 from model import Transformer, causal_mask
+from search import greedy_decode
 from tracing import KINDS, AttentionTrace, trace
-from translate import Translator, greedy_decode
+from translate import Translator
 
 Change = Callable[[Tensor], Tensor]  # scores (B, H, Q, K) -> scores of the same shape
 

@@ -6,27 +6,30 @@ python export.py --output-dir hub --form safetensors     # then: hf upload NAME 
 """
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import safetensors.torch
 import torch
 from ctranslate2.specs import TransformerSpec, attention_spec, common_spec
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
-from config import InputError, parse, run_command, save_config
+from config import InputError, check_new_folder, parse, run_command, save_config
 from dataset import EOS, SOS, SPECIAL_TOKENS, UNK, tokenizer_path
 from model import DecoderBlock, EncoderBlock, MultiHeadAttentionBlock, PositionalEncoding
 from translate import WEIGHTS_FILE, Translator
 
-QUANTIZATIONS = Literal["float32", "int8", "int16", "float16", "bfloat16"]
+UNKNOWN_CORPUS = "unknown"  # the datasource of weights that came from elsewhere
+Quantization = Literal["float32", "int8", "int16", "float16", "bfloat16"]
 
 # ---------------------------------------------------------------------------- CTranslate2
 
 
-def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization: QUANTIZATIONS = "float32") -> None:
+def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization: Quantization = "float32") -> None:
     """Writes the model and its tokenizers into a folder that `ctranslate2.Translator` loads.
 
     It reads and writes token strings; [SOS] and [EOS] around the source it adds itself.
@@ -38,7 +41,7 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
         (spec.decoder, model.tgt_embed, model.tgt_pos),
     ):
         table = side.embeddings[0] if isinstance(side.embeddings, list) else side.embeddings
-        table.weight = embeddings.embedding.weight.numpy()
+        table.weight = array(embeddings.embedding.weight)
         set_positions(side, positions)
     for block, layer in zip(spec.encoder.layer, model.encoder.layers, strict=True):
         set_encoder_block(block, layer)
@@ -59,6 +62,10 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     spec.save(str(output_dir))
     copy_tokenizers(translator, Path(output_dir))
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()
 
 
 def tokens_of(tokenizer: Tokenizer) -> list[str]:
@@ -87,7 +94,7 @@ def set_attention(
     if fused == "kv":
         set_linear(spec.linear[0], block.w_q)
     place = spec.linear[0 if fused == "qkv" else 1]
-    place.weight = torch.cat([matrices[name].weight for name in fused]).numpy()  # (2 D or 3 D, D)
+    place.weight = array(torch.cat([matrices[name].weight for name in fused]))  # (2 D or 3 D, D)
     set_linear(spec.linear[-1], block.w_o)
 
 
@@ -98,17 +105,17 @@ def set_feed_forward(spec, block: nn.Module, norm: nn.LayerNorm) -> None:
 
 
 def set_linear(spec: common_spec.LinearSpec, linear: nn.Linear) -> None:
-    spec.weight = linear.weight.numpy()
+    spec.weight = array(linear.weight)
     if linear.bias is not None:
-        spec.bias = linear.bias.numpy()
+        spec.bias = array(linear.bias)
 
 
 def set_norm(spec: common_spec.LayerNormSpec, norm: nn.LayerNorm) -> None:
-    spec.gamma, spec.beta = norm.weight.numpy(), norm.bias.numpy()
+    spec.gamma, spec.beta = array(norm.weight), array(norm.bias)
 
 
 def set_positions(spec, positions: PositionalEncoding) -> None:
-    spec.position_encodings.encodings = positions.pe.numpy()
+    spec.position_encodings.encodings = array(positions.pe)
 
 
 # ---------------------------------------------------------------------------- safetensors
@@ -134,11 +141,13 @@ def copy_tokenizers(translator: Translator, folder: Path) -> None:
 def model_card(translator: Translator) -> str:
     config = translator.config
     parameters = sum(p.numel() for p in translator.model.parameters())
+    corpus = Path(config.datasource).name if Path(config.datasource).parent.is_dir() else config.datasource  # no paths
+    trained = "" if config.datasource == UNKNOWN_CORPUS else f", trained on {corpus}"
     return f"""---
-language: [{config.lang_src}, {config.lang_tgt}]
+language: ["{config.lang_src}", "{config.lang_tgt}"]
 pipeline_tag: translation
 ---
-A Transformer for translation from {config.lang_src} to {config.lang_tgt}, trained on {config.datasource}:
+A Transformer for translation from {config.lang_src} to {config.lang_tgt}{trained}:
 {config.encoder_layers} encoder and {config.decoder_layers} decoder layers of width {config.d_model},
 {parameters:,} parameters.
 
@@ -154,7 +163,7 @@ def command(
     output_dir: str,
     run_dir: str = "",
     form: Literal["ctranslate2", "safetensors"] = "ctranslate2",
-    quantization: QUANTIZATIONS = "float32",
+    quantization: Quantization = "float32",
     weights: str = "best",
     average: int = 1,
 ) -> None:
@@ -169,14 +178,20 @@ def command(
         average: average the weights of so many epochs, the best or the latest
     """
     folder = Path(output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already; give a new or an empty folder")
+    check_new_folder(folder)
     translator = Translator.load(run_dir, "cpu", weights, average)
-    translator.model.requires_grad_(False)
-    if form == "ctranslate2":
-        to_ctranslate2(translator, folder, quantization)
-    else:
-        to_safetensors(translator, folder)
+    partial = folder.with_name(f".{folder.name}.tmp")  # a full disk leaves the whole or nothing
+    try:
+        if form == "ctranslate2":
+            to_ctranslate2(translator, partial, quantization)
+        else:
+            to_safetensors(translator, partial)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.replace(partial, folder)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"cannot write {folder} ({error}); free some space or choose another folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"wrote {folder} ({size / 1e6:.1f} MB): {', '.join(sorted(path.name for path in folder.iterdir()))}")
 

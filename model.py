@@ -106,7 +106,7 @@ class MultiHeadAttentionBlock(nn.Module):
 
     The softmax scores, before dropout, stay in `attention_scores` (B, H, Q, K) while `record` is on;
     `intervene`, where set, is a function of those scores whose result takes their place. Otherwise
-    the fused kernel computes the same and `attention_scores` is None.
+    `attention_scores` is None, and the fused kernel computes the same where it is the faster way.
     """
 
     def __init__(self, d_model: int, h: int, dropout: float):

@@ -21,8 +21,11 @@ class StepDecoder(Protocol):
     def step(self, ids: Tensor) -> Tensor:
         """The newest token of each sentence (N,): logits of the next one (N, V)."""
 
-    def select(self, rows: Tensor) -> None:
-        """Goes on with these rows (M,) of the N, in this order."""
+    def select(self, rows: Tensor, same_sources: bool = False) -> None:
+        """Goes on with these rows (M,) of the N, in this order.
+
+        `same_sources` promises that row n's source stays the n-th: hypotheses of a sentence change places.
+        """
 
 
 def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
@@ -98,6 +101,7 @@ def beam_search(
         settled |= (limit.squeeze(1) <= t + 1) | cannot_improve(finished.scores[:, n_best - 1], bound)
         if K == 1:
             settled |= finished.scores[:, 0].isfinite()
+        same_sources = True
         rows = origin + K * torch.arange(len(alive), device=device).unsqueeze(1)  # (N, K), of the N K
         if (t + 1) % DROP_EVERY == 0 or t + 1 == longest:
             for n in settled.nonzero().squeeze(1).tolist():
@@ -105,11 +109,12 @@ def beam_search(
             left = (~settled).nonzero().squeeze(1)
             if len(left) == 0:
                 break
+            same_sources = len(left) == len(alive)
             finished = Finished(*(column[left] for column in finished))
             alive, ids, written, total, settled, rows = (
                 tensor[left] for tensor in (alive, ids, written, total, settled, rows)
             )
-        decoder.select(rows.flatten())
+        decoder.select(rows.flatten(), same_sources)
     return found
 
 

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import parallel
-from checkpoint import merit, only_trainer, read_scores, sweep, write_scores
-from config import Config, InputError, get_config, get_weights_file_path, parse_config, run_command, weights_files
+from checkpoint import merits, only_trainer, read_scores, sweep, write_scores
+from config import Config, InputError, get_config, parse_config, run_command, weights_files
 from dataset import PAD, make_batches, make_loader
 from evaluate import format_scores, score
 from loss import cross_entropy
-from training_run import Run, check_writable, prune, save, save_within_epoch, start, update_average
+from training_run import Run, check_writable, prune, save_here, start
 
 LOG_EVERY = 10  # optimizer steps between two lines of the log
 
@@ -133,6 +133,16 @@ def train_step(run: Run, batches: list[dict], counts: bool = True) -> tuple[Tens
     return total, norm, tokens
 
 
+@torch.no_grad()
+def update_average(run: Run) -> None:
+    """Moves the model that translates a little towards the one that learns (Polyak and Juditsky, 1992).
+
+    The average reaches back 1 / (1 - ema_decay) steps; at the start, about a ninth of the steps made.
+    """
+    decay = min(run.config.ema_decay, (1 + run.progress.step) / (10 + run.progress.step))
+    torch._foreach_lerp_(list(run.translator.model.parameters()), list(run.model.parameters()), 1 - decay)
+
+
 def train_epoch(run: Run) -> None:
     """The rest of the current epoch, or until a signal or max_steps."""
     config, progress = run.config, run.progress
@@ -167,7 +177,7 @@ def train_epoch(run: Run) -> None:
             if asked_to_stop(run) or run.done():
                 break
             if config.save_every_steps and progress.step % config.save_every_steps == 0:
-                save_within_epoch(run)
+                save_here(run)
     if progress.batch == len(batches):
         progress.epoch, progress.batch = progress.epoch + 1, 0
 
@@ -200,7 +210,7 @@ class Meter:
         self.tokens += tokens
 
     def log(self) -> str:
-        """Loss is the mean since the last look, in nats a target token; speed in target tokens a second."""
+        """Loss is the mean since the last look, in nats a target token, with R-Drop's term where it is on."""
         step = self.run.progress.step
         values = {
             "loss": parallel.total(float(self.loss)) / parallel.world_size() / self.tokens,
@@ -281,6 +291,7 @@ def train_to_the_end(run: Run) -> None:
     if run.done() or no_more_patience(config):
         done = f"{run.progress.epoch} epochs and {run.progress.step:,} steps are done"
         say(f"nothing left to train: {done}; raise --num-epochs, --max-steps or --patience to go on")
+        close_writer(run)
         return
     run.learner.train()
     begun = time.perf_counter()
@@ -289,23 +300,28 @@ def train_to_the_end(run: Run) -> None:
             epoch = run.progress.epoch
             train_epoch(run)
             if run.progress.epoch > epoch:
-                save(run, get_weights_file_path(config, epoch))
+                save_here(run)
             elif run.progress.batch:
-                say(f"saved {save_within_epoch(run)}")
+                say(f"saved {save_here(run)}")
             if not run.stop_signal:
                 validate(run)
-    if run.writer:
-        run.writer.close()
+    close_writer(run)
     if no_more_patience(config):
-        say(f"stopped early: no better {config.best_by} for {config.patience} epochs")
+        say(f"stopped early: validation has brought nothing better for {config.patience} epochs (--patience)")
     say(f"trained in {time.perf_counter() - begun:.0f} s")
 
 
 def validate(run: Run, unless_done: bool = False) -> None:
     """The first process validates, and removes the checkpoints that are worth no more."""
-    if parallel.is_first() and not (unless_done and validated(run)):
-        run_validation(run)
+    if parallel.is_first():
+        if not (unless_done and validated(run)):
+            run_validation(run)
         prune(run.config)
+
+
+def close_writer(run: Run) -> None:
+    if run.writer:
+        run.writer.close()
 
 
 def say(words: str) -> None:
@@ -318,9 +334,9 @@ def no_more_patience(config: Config) -> bool:
 
 
 def out_of_patience(config: Config) -> bool:
-    """Whether the last `patience` validations have brought nothing better (Prechelt, 1998)."""
-    merits = [merit(row, config.best_by) for row in read_scores(config.folder)]
-    return 0 < config.patience < len(merits) and max(merits[-config.patience :]) <= max(merits[: -config.patience])
+    """Whether the last `patience` epochs have brought nothing better (Prechelt, 1998)."""
+    found = merits([row for row in read_scores(config.folder) if row["batch"] == 0], config.best_by)
+    return 0 < config.patience < len(found) and max(found[-config.patience :]) <= max(found[: -config.patience])
 
 
 def trained_run(run_dir: str, preset: str = "toy", **overrides) -> str:

@@ -30,7 +30,8 @@ from config import (
     FIXED_FIELDS,
     Config,
     InputError,
-    get_config,
+    checkpoint_name,
+    closes_epoch,
     get_weights_file_path,
     save_config,
     weights_files,
@@ -102,16 +103,6 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=1e-9, fused=device.type != "mps")
 
 
-@torch.no_grad()
-def update_average(run: Run) -> None:
-    """Moves the model that translates a little towards the one that learns (Polyak and Juditsky, 1992).
-
-    The average reaches back 1 / (1 - ema_decay) steps; at the start, a tenth of the steps made.
-    """
-    decay = min(run.config.ema_decay, (1 + run.progress.step) / (10 + run.progress.step))
-    torch._foreach_lerp_(list(run.translator.model.parameters()), list(run.model.parameters()), 1 - decay)
-
-
 def choose_precision(config: Config, device: torch.device) -> str:
     """bf16 on a GPU with units for it (compute capability 8 and up); on a CPU casting costs more than it saves."""
     if config.precision != "auto":
@@ -127,7 +118,7 @@ def start(config: Config) -> Run:
     # Bad input has to come to light before anything is written or moved.
     shared = first and count_shared(load_split(config, "train"), load_split(config, "validation"))
     if state is None and in_the_way and first:
-        print(f"preload none: an earlier run's checkpoints were moved to {set_aside(in_the_way)}")
+        print(f"training afresh: an earlier run's files were moved to {set_aside(in_the_way)}")
     train, validation, tokenizer_src, tokenizer_tgt = get_ds(config)
     torch.manual_seed(config.seed)
     model = get_model(config, tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()).to(device)
@@ -190,6 +181,8 @@ def describe(run: Run) -> None:
             print(f"{data.skipped_long:,} with over {config.seq_len} tokens (--seq-len)")
     print(f"model        {parameters:,} parameters, {sizes[0]:,} source and {sizes[1]:,} target tokens")
     print(f"training     {run.total_steps:,} steps, {config.num_epochs} epochs at most")
+    if config.keep_checkpoints:
+        print(f"             the last {config.keep_checkpoints} checkpoints and the best stay (--keep-checkpoints)")
 
 
 def check_writable(folder: Path) -> None:
@@ -228,8 +221,9 @@ def save(run: Run, path: str | Path) -> None:
         },
     )
     # What was saved within an epoch is superseded by what was saved later, but for one to fall back on.
-    within = [file for file in weights_files(config.folder) if "_step_" in file.name]
-    keep = within[-2:] if Path(path) in within else []
+    within = [file for file in weights_files(config.folder) if not closes_epoch(file)]
+    here = within.index(Path(path)) if Path(path) in within else -1
+    keep = within[max(0, here - 1) : here + 1]
     for old in within:
         if old not in keep:
             old.unlink(missing_ok=True)
@@ -237,7 +231,7 @@ def save(run: Run, path: str | Path) -> None:
 
 def prune(config: Config) -> None:
     """Removes the checkpoints of epochs before the last `keep_checkpoints`, but for the best."""
-    epochs = [path for path in weights_files(config.folder) if "_step_" not in path.name]
+    epochs = [path for path in weights_files(config.folder) if closes_epoch(path)]
     if config.keep_checkpoints:
         best = next((path for path in best_first(config) if path in epochs), None)
         for path in epochs[: -config.keep_checkpoints]:
@@ -245,9 +239,9 @@ def prune(config: Config) -> None:
                 path.unlink(missing_ok=True)
 
 
-def save_within_epoch(run: Run) -> Path:
-    stem = get_weights_file_path(run.config, run.progress.epoch).removesuffix(".pt")
-    path = Path(f"{stem}_step_{run.progress.step:08d}.pt")
+def save_here(run: Run) -> Path:
+    """Saves the run under the name that fits where it stands."""
+    path = run.config.folder / checkpoint_name(**asdict(run.progress))
     save(run, path)
     return path
 
@@ -278,9 +272,9 @@ def corpus_fingerprint(dataset: BilingualDataset) -> str:
 def choose_checkpoint(config: Config) -> tuple[dict | None, Path | None, list[Path]]:
     """The state to go on from, as `preload` says, its file, and the files that would get in the way."""
     files = weights_files(config.folder)
+    scores = [path for path in [config.folder / "scores.jsonl"] if path.is_file()]
     if config.preload == "none":
-        scores = config.folder / "scores.jsonl"
-        return None, None, files + [scores] * scores.is_file()
+        return None, None, files + scores
     if config.preload == "latest":
         found = load_newest(config.folder)
     else:
@@ -293,7 +287,7 @@ def choose_checkpoint(config: Config) -> tuple[dict | None, Path | None, list[Pa
         except DamagedCheckpoint as error:
             raise InputError(f"{path} is damaged ({error}); choose another epoch, or --preload latest") from None
     if found is None:
-        return None, None, []
+        return None, None, scores
     path, state = found
     check_same_run(config, state["config"], path)
     later = files[files.index(path) + 1 :] if config.preload != "latest" else []
@@ -302,7 +296,7 @@ def choose_checkpoint(config: Config) -> tuple[dict | None, Path | None, list[Pa
 
 def check_same_run(config: Config, saved: dict, path: Path) -> None:
     """What shapes the weights or the order of the data cannot change within a run."""
-    saved = {**asdict(get_config()), **saved}  # a field that was not there yet had its default
+    saved = {**asdict(Config()), **saved}  # a field that was not there yet had its default
     changed = [
         f"{name} {saved[name]!r} there, {getattr(config, name)!r} now"
         for name in FIXED_FIELDS

@@ -18,13 +18,12 @@ import safetensors.torch
 import torch
 import tyro
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import load_chosen, load_weights
-from config import Config, InputError, load_config, newest_run, parse, run_command
+from config import WEIGHTS_FOLDER, Config, InputError, load_config, newest_run, parse, run_command
 from corpus import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask, tokenizer_path
 from model import Transformer, build_transformer
@@ -46,11 +45,13 @@ class CachedDecoder:
         x = self.model.decode(self.encoder_output, self.src_mask, ids.unsqueeze(1), None, self.caches)
         return self.model.project(x).squeeze(1)  # (N, 1, D) -> (N, V)
 
-    def select(self, rows: Tensor) -> None:
-        self.src_mask, self.encoder_output = self.src_mask[rows], self.encoder_output[rows]
-        for caches in self.caches:
-            for cache in caches:
-                cache.select(rows)
+    def select(self, rows: Tensor, same_sources: bool = False) -> None:
+        for own, cross in self.caches:
+            own.select(rows)
+            if not same_sources:
+                cross.select(rows)
+        if not same_sources:
+            self.src_mask, self.encoder_output = self.src_mask[rows], self.encoder_output[rows]
 
 
 def get_model(config: Config, vocab_src_len: int, vocab_tgt_len: int) -> Transformer:
@@ -72,8 +73,10 @@ def get_device(name: str = "auto") -> torch.device:
 class Translator:
     """A trained run, ready to translate: `Translator.load("weights/toy.en-it").translate(["I sleep."])`."""
 
-    def __init__(self, model: Transformer, config: Config, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer):
-        self.model, self.config = model, config
+    def __init__(
+        self, model: Transformer, config: Config, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer, weights: str = ""
+    ):
+        self.model, self.config, self.weights = model, config, weights  # weights: the name of their file
         self.tokenizer_src, self.tokenizer_tgt = tokenizer_src, tokenizer_tgt
 
     @property
@@ -93,6 +96,8 @@ class Translator:
         config = load_config(local_folder(run_dir) if run_dir else newest_run())
         path = config.folder / WEIGHTS_FILE
         exported = path.is_file()
+        if exported and (weights, average) != ("best", 1):
+            raise InputError(f"{config.folder} holds the weights of one export; leave --weights and --average out")
         if not exported:
             path, state = load_chosen(config, weights, average)
             check_tokenizers(config, state, path)
@@ -104,7 +109,7 @@ class Translator:
             raise InputError(
                 f"{path} is damaged or does not fit the config.json and tokenizers beside it; copy the folder again"
             ) from None
-        return cls(model.to(get_device(device)).eval(), config, *tokenizers)
+        return cls(model.to(get_device(device)).eval(), config, *tokenizers, path.name)
 
     def encode(self, sentence: str) -> list[int]:
         """Ids with [SOS] and [EOS]. Raises InputError past the model's seq_len."""
@@ -192,13 +197,14 @@ class Translator:
 
 def local_folder(name: str | Path) -> Path:
     """The folder of that name; or of the Hub's repository NAME/NAME, downloaded once."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    is_path = Path(name).parent.is_dir() or Path(name).parent == WEIGHTS_FOLDER
+    if is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return Path(name)
     try:
-        patterns = [WEIGHTS_FILE, "*.json"]
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except (OSError, ValueError, HfHubHTTPError):
-        return Path(name)  # which load_config then says is no run
+        return Path(snapshot_download(str(name), allow_patterns=[WEIGHTS_FILE, "*.json"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"no folder {name}, and nothing of that name on the Hugging Face Hub ({reason})") from None
 
 
 def check_tokenizers(config: Config, state: dict, path: Path) -> None:
@@ -220,23 +226,27 @@ def translate_lines(
     translator: Translator, lines: Iterable[str], at_once: int, beam_size: int = 1, alpha: float = 0.6
 ) -> Iterator[str]:
     """Lines in, lines out, in order. A line too long for the run comes out blank, with a warning."""
-    lines, done = iter(lines), 0
-    while chunk := list(islice(lines, at_once)):
-        yield from translator.translate(blank_long(translator, chunk, done), beam_size, alpha)
-        done += len(chunk)
+    for _, chunk in readable_chunks(translator, lines, at_once):
+        yield from translator.translate(chunk, beam_size, alpha)
 
 
 def n_best_lines(
     translator: Translator, lines: Iterable[str], at_once: int, beam_size: int, alpha: float, n_best: int
 ) -> Iterator[str]:
     """For each line its hypotheses: number of the line, score, log-probability and text, between tabs."""
-    lines, done = iter(lines), 0
-    while chunk := list(islice(lines, at_once)):
-        found = translator.hypotheses(blank_long(translator, chunk, done), beam_size, alpha, n_best)
+    for done, chunk in readable_chunks(translator, lines, at_once):
+        found = translator.hypotheses(chunk, beam_size, alpha, n_best)
         for number, hypotheses in enumerate(found, start=done + 1):
             for h in hypotheses:
                 text = translator.tokenizer_tgt.decode(h.ids)
                 yield f"{number}\t{h.score:.4f}\t{h.log_probability:.4f}\t{text}"
+
+
+def readable_chunks(translator: Translator, lines: Iterable[str], at_once: int) -> Iterator[tuple[int, list[str]]]:
+    """Some lines at a time, those too long made blank, each with the number of lines that came before."""
+    lines, done = iter(lines), 0
+    while chunk := list(islice(lines, at_once)):
+        yield done, blank_long(translator, chunk, done)
         done += len(chunk)
 
 

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import io
 import multiprocessing
 import os
 import random
@@ -146,8 +147,8 @@ POINTS = {
     "before the file is written": (torch, "save", "before"),
     "file half written": (torch, "save", "half"),
     "file written, not sealed": (checkpoint, "_seal", "before"),
-    "sealed, not flushed": (os, "fsync", "before"),
-    "flushed, not renamed": (os, "replace", "before"),
+    "seal half written": (checkpoint, "_seal", "half"),
+    "sealed, not renamed": (os, "replace", "before"),
     "renamed": (os, "replace", "after"),
     "folder flushed": (checkpoint, "_flush_folder", "after"),
     "saved, older ones of the epoch still there": (training_run, "save_checkpoint", "after"),
@@ -155,6 +156,9 @@ POINTS = {
     "validated, score not written": (train, "write_scores", "before"),
     "score written, not pruned": (train, "prune", "before"),
 }
+
+
+WHILE_WRITING = list(POINTS)[1:5]  # a temporary file is there then
 
 
 def die() -> None:
@@ -174,10 +178,10 @@ def die_at(point: str, nth: int) -> None:
         if last and when == "before":
             die()
         result = original(*args, **kwargs)
-        if last and when == "half":
-            path = args[1]
-            os.truncate(path, os.path.getsize(path) // 2)
-            die()
+        if last and when == "half":  # of a file written by torch.save, or of the digest at its end
+            path = args[-1]
+            size = os.path.getsize(path)
+            os.truncate(path, size // 2 if name == "save" else size - 32)
         if last:
             die()
         return result
@@ -188,8 +192,10 @@ def die_at(point: str, nth: int) -> None:
 def kill_at_point(bench: Bench, point: str, nth: int) -> bool:
     run = bench.fresh("killed")
     status = bench.train("killed", disturb=functools.partial(die_at, point, nth))
+    in_the_making = any(".pt." in path.name for path in run.glob(".*.tmp"))
+    as_said = in_the_making == (point in WHILE_WRITING)
     readable = newest_is_readable(run)
-    return status == -signal.SIGKILL and readable and bench.train("killed") == 0 and ends_well(bench, run)
+    return status == -signal.SIGKILL and as_said and readable and bench.train("killed") == 0 and ends_well(bench, run)
 
 
 def kill_at_random(bench: Bench, rng: random.Random, seconds: float) -> bool:
@@ -217,7 +223,9 @@ def signalled(bench: Bench, number: int, rng: random.Random, seconds: float) -> 
     while True:
         run, started = bench.fresh("signalled"), SPAWN.Event()
         process = bench.begin("signalled", started=started)
-        started.wait()
+        if not started.wait(120):
+            process.kill()
+            return False
         time.sleep(rng.uniform(0, seconds))
         if process.exitcode is None:
             os.kill(process.pid, number)
@@ -237,14 +245,15 @@ def damaged(bench: Bench, damage: Callable[[bytes], bytes]) -> bool:
     run = bench.folder / "damaged"
     if not run.exists():
         shutil.copytree(bench.folder / "whole", run)
-        bench.train("damaged", "--keep-checkpoints", "0", "--num-epochs", "4")
+        if bench.train("damaged", "--keep-checkpoints", "0", "--num-epochs", "4"):
+            return False
     *_, before, newest = weights_files(run)
     whole = newest.read_bytes()
     newest.write_bytes(bad := damage(whole))
     try:
-        with contextlib.redirect_stderr(open(os.devnull, "w")) as warnings, warnings:
+        with contextlib.redirect_stderr(io.StringIO()) as warnings:
             used, _ = load_newest(run)
-        return used == before and newest.read_bytes() == bad
+        return used == before and newest.read_bytes() == bad and str(newest) in warnings.getvalue()
     finally:
         newest.write_bytes(whole)
 
@@ -289,13 +298,15 @@ def little_room(bench: Bench, run: Path, extra: int) -> Iterator[Callable | None
     else:
         run.rmdir()
         kept.rename(run)
-    yield None if mounted else functools.partial(limit_files, extra)
-    if mounted:
-        shutil.rmtree(kept)
-        shutil.copytree(run, kept)
-        ctypes.CDLL(None).umount(bytes(run))
-        run.rmdir()
-        kept.rename(run)
+    try:
+        yield None if mounted else functools.partial(limit_files, extra)
+    finally:
+        if mounted:
+            shutil.rmtree(kept)
+            shutil.copytree(run, kept)
+            ctypes.CDLL(None).umount(bytes(run))
+            run.rmdir()
+            kept.rename(run)
 
 
 def disk_full(bench: Bench, share: float) -> bool:

@@ -16,17 +16,18 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from config import InputError, run_command
 from corpus import load_split
 from evaluate import format_scores, score, signature
 from translate import Translator, get_device
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-WEIGHTS = [("best", 1), ("latest", 1), ("latest", 5), ("latest", 10)]
+WEIGHTS = [("best", 1), ("latest", 1), ("latest", 5), ("latest", 10)]  # and over how many epochs they are averaged
 SEARCHES = [(1, 0.6), (5, 0.0), (5, 0.6), (5, 1.0), (5, 1.4)]  # beam size, length penalty
+USUAL = (5, 0.6)  # the search that weights are compared with
 
 
 def train(arguments, seed: int) -> tuple[Path, subprocess.Popen]:
@@ -37,15 +38,17 @@ def train(arguments, seed: int) -> tuple[Path, subprocess.Popen]:
     flags = [word for name, part in sources for word in (f"--{name}", str(Path(arguments.data) / f"{part}{suffix}"))]
     command = [sys.executable, str(TRAIN), "--preset", "multi30k", *flags]
     command += ["--run-dir", str(run), "--seed", str(seed), *arguments.flags]
-    return run, subprocess.Popen(command, stdout=run.with_suffix(".log").open("a"), stderr=subprocess.STDOUT)
+    return run, subprocess.Popen(command, stdout=log_of(run).open("a"), stderr=subprocess.STDOUT)
+
+
+def log_of(run: Path) -> Path:
+    return run.with_name(f"{run.name}.log")
 
 
 def translated(translator: Translator, split: str, beam: int, alpha: float) -> tuple[list[str], list[str], float]:
     pairs = load_split(translator.config, split)
     begun = time.perf_counter()
     predicted = translator.translate(list(pairs["src"]), beam, alpha)
-    if translator.device.type == "cuda":
-        torch.cuda.synchronize()
     return predicted, list(pairs["tgt"]), time.perf_counter() - begun
 
 
@@ -54,36 +57,39 @@ def train_all(arguments) -> list[Path]:
     with tqdm(total=len(waiting), desc="Training", unit="seed") as bar:
         while waiting:
             group, waiting = waiting[: arguments.at_once], waiting[arguments.at_once :]
-            for run, process in [train(arguments, seed) for seed in group]:
+            started = [train(arguments, seed) for seed in group]
+            for run, process in started:
                 if process.wait():
-                    sys.exit(f"error: training failed; its words are in {run.with_suffix('.log')}")
+                    for _, other in started:
+                        other.terminate()
+                    raise InputError(f"training failed; its words are in {log_of(run)}")
                 runs.append(run)
                 bar.update()
     return runs
 
 
 def choose(runs: list[Path], tokenizer: str) -> tuple[tuple[str, int], tuple[int, float]]:
-    """The weights and the search with the highest mean BLEU on the validation sets; prints all that were tried."""
+    """The weights with the highest mean BLEU on the validation sets, then the search; prints all that were tried."""
     print(
         "\n| weights | average of | beam | length penalty | validation BLEU | sentences/s |\n|---|---|---|---|---|---|"
     )
-    found = {}
-    for weights in WEIGHTS:
-        for search in SEARCHES if weights == WEIGHTS[0] else SEARCHES[2:3]:
-            bleus, seconds, sentences = [], 0.0, 0
-            for run in runs:
-                translator = Translator.load(run, weights=weights[0], average=weights[1])
-                predicted, references, took = translated(translator, "validation", *search)
-                bleus.append(score(predicted, references, tokenizer)["bleu"])
-                seconds, sentences = seconds + took, sentences + len(references)
-            found[weights, search] = statistics.mean(bleus)
-            cells = (*weights, *search, f"{found[weights, search]:.2f}", f"{sentences / seconds:.0f}")
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    weights = max(WEIGHTS, key=lambda w: found[w, SEARCHES[2]])
-    return weights, max(SEARCHES, key=lambda s: found[WEIGHTS[0], s])
+
+    def tried(weights: tuple[str, int], search: tuple[int, float]) -> float:
+        bleus, seconds, sentences = [], 0.0, 0
+        for run in runs:
+            translator = Translator.load(run, weights=weights[0], average=weights[1])
+            predicted, references, took = translated(translator, "validation", *search)
+            bleus.append(score(predicted, references, tokenizer)["bleu"])
+            seconds, sentences = seconds + took, sentences + len(references)
+        cells = (*weights, *search, f"{statistics.mean(bleus):.2f}", f"{sentences / seconds:.0f}")
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        return statistics.mean(bleus)
+
+    weights = max(WEIGHTS, key=lambda each: tried(each, USUAL))
+    return weights, max(SEARCHES, key=lambda each: tried(weights, each))
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
@@ -91,7 +97,7 @@ def main() -> None:
     parser.add_argument("--form", choices=["tok", "raw"], default="tok")
     parser.add_argument("--runs", default="weights")
     parser.add_argument("flags", nargs="*", help="more flags for train.py, after --")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     tokenizer = "none" if arguments.form == "tok" else "13a"
     begun = time.perf_counter()
     runs = train_all(arguments)
@@ -111,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -56,6 +56,8 @@ def test_a_sentence_too_long_for_the_run_counts_as_blank(trained_run, tmp_path, 
         ({"length_penalty": -1.0}, "--length-penalty is -1"),
         ({"weights": "7"}, r"no weights '7' in .*one of tmodel_00\.pt"),
         ({"average": 2}, "1 of the checkpoints .* 2 wanted"),
+        ({"average": 0}, "--average is 0; give 1 or more"),
+        ({"average": 2, "weights": "0"}, "goes with --weights best or latest"),
     ],
 )
 def test_bad_input(trained_run, tmp_path, monkeypatch, flags, words):

@@ -17,7 +17,7 @@ def translator(trained_run) -> Translator:
 
 
 def through_ctranslate2(folder, sentences: list[str], beam_size: int) -> list[str]:
-    """What the README shows."""
+    """As the README shows, but for the length penalty, which is another formula there."""
     engine = ctranslate2.Translator(str(folder))
     source, target = (load_tokenizer(folder / f"tokenizer_{lang}.json") for lang in ("en", "it"))
     tokens = [source.encode(sentence).tokens for sentence in sentences]
@@ -61,6 +61,10 @@ def test_safetensors_load_in_one_call_from_a_folder_or_by_a_name_of_the_hub(
     assert asked == ["somebody/something"]
     with pytest.raises(InputError, match="exported weights, which cannot be trained on"):
         train_model(get_config("toy", run_dir=str(folder)))
+    with pytest.raises(InputError, match="leave --weights and --average out"):
+        Translator.load(folder, "cpu", "latest")
+    with pytest.raises(InputError, match="no run in 'weights/nothing'"):
+        Translator.load("weights/nothing")  # is no name on the Hub
     (folder / "model.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
         Translator.load(folder, "cpu")
@@ -73,7 +77,7 @@ def test_a_folder_with_something_in_it_is_left_alone(trained_run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_run_may_be_exported_beside_itself(translator, tmp_path):
+def test_an_export_may_be_exported_over_itself(translator, tmp_path):
     to_safetensors(translator, tmp_path / "one")
     again = Translator.load(tmp_path / "one", "cpu")
     to_safetensors(again, tmp_path / "one")

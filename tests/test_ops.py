@@ -33,6 +33,31 @@ def test_fused_and_plain_loss_and_their_gradients_agree(smoothing, at_once, monk
         assert torch.allclose(plain, fused, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 2e-2)])
+def test_fused_and_plain_loss_agree_in_the_precisions_of_training(bf16, tolerance):
+    torch.manual_seed(0)
+    projection, label, results = nn.Linear(16, 50), torch.randint(0, 50, (40,)), []
+    for loss_of in (plain_loss, fused_loss):
+        x = torch.linspace(-3, 3, 640).view(40, 16).requires_grad_()
+        projection.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(x, projection, label, 0.1)
+        loss.backward()
+        assert loss.dtype == x.grad.dtype == projection.weight.grad.dtype == torch.float
+        results.append([loss.detach(), x.grad, projection.weight.grad.clone(), projection.bias.grad.clone()])
+    for plain, fused in zip(*results, strict=True):
+        assert (plain - fused).norm() <= tolerance * plain.norm()
+
+
+def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # the way to the gradient
+    projection, x, label = nn.Linear(4, 10), torch.randn(3, 4), torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        assert torch.allclose(fused_loss(x, projection, label, 0.1), plain_loss(x, projection, label, 0.1))
+    with pytest.raises(TypeError):
+        fused_loss(x, projection, label, 0.1)
+
+
 def test_the_fused_loss_holds_where_softmax_underflows():
     projection = nn.Linear(1, 3, bias=False)
     projection.weight.data = torch.tensor([[0.0], [500.0], [-500.0]])
@@ -64,3 +89,11 @@ def test_dropout_drops_the_same_in_the_gradient_and_follows_the_seed():
     assert not torch.equal(Dropout(0.3)(x), first)
     assert Dropout(0.3).eval()(x) is x
     assert Dropout(0.0)(x) is x
+
+
+@pytest.mark.parametrize("p", [0.0001, 0.9999])
+def test_dropout_at_its_ends(p):
+    x = torch.ones(1000, 100)
+    dropped = Dropout(p)(x)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.2)
+    assert 0 < (dropped == 0).float().mean() < 1

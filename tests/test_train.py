@@ -16,7 +16,7 @@ import train as t
 import training_run as r
 from checkpoint import best_first, load_checkpoint, only_trainer, read_scores
 from config import Config, InputError, get_config, weights_files
-from loss import Learner
+from loss import Learner, rdrop
 from ops import Dropout
 from train import learning_rate, train_model
 from translate import Translator
@@ -190,8 +190,7 @@ def test_saving_within_an_epoch_keeps_one_to_fall_back_on(tiny_config, monkeypat
         save(run, path)
         seen.append([file.name for file in weights_files(run.config.folder)])
 
-    for module in (t, r):
-        monkeypatch.setattr(module, "save", watched)
+    monkeypatch.setattr(r, "save", watched)
     train_model(replace(tiny_config, save_every_steps=3, num_epochs=1))
     assert seen[0] == ["tmodel_00_step_00000003.pt"]
     assert seen[1] == ["tmodel_00_step_00000003.pt", "tmodel_00_step_00000006.pt"]
@@ -235,7 +234,7 @@ def test_a_changed_corpus_is_noticed(tiny_config):
 def test_training_afresh_sets_the_old_run_aside(tiny_config, capsys):
     train_model(tiny_config)
     train_model(replace(tiny_config, preload="none", d_ff=96, num_epochs=1))
-    assert "an earlier run's checkpoints were moved to" in capsys.readouterr().out
+    assert "an earlier run's files were moved to" in capsys.readouterr().out
     assert [p.name for p in weights_files(tiny_config.folder)] == ["tmodel_00.pt"]
     aside = {path.name for path in (tiny_config.folder / "set_aside").iterdir()}
     assert aside == {"tmodel_00.pt", "tmodel_01.pt", "scores.jsonl"}
@@ -400,11 +399,39 @@ def test_patience_ends_the_run_and_the_same_command_says_so(tiny_config, monkeyp
     monkeypatch.setattr(t, "score", lambda *_: {"bleu": next(calls)})
     config = replace(tiny_config, num_epochs=5, patience=2)
     assert train_model(config).progress.epoch == 4
-    assert "stopped early: no better bleu for 2 epochs" in capsys.readouterr().out
+    assert "nothing better for 2 epochs" in capsys.readouterr().out
     train_model(config)
     assert "nothing left to train: 4 epochs" in capsys.readouterr().out
     assert train_model(replace(config, patience=3)).progress.epoch == 5
     assert [row["bleu"] for row in read_scores(config.folder)] == merits
+
+
+def test_where_some_epochs_were_not_scored_the_loss_decides(tiny_config):
+    train_model(replace(tiny_config, num_epochs=1))
+    train_model(replace(tiny_config, num_epochs=3, validation_sentences=0, patience=1))
+    rows = read_scores(tiny_config.folder)
+    assert len(rows) == 3  # the loss still falls
+    lowest = min(rows, key=lambda row: row["loss"])["epoch"] - 1
+    assert best_first(tiny_config)[0].name == f"tmodel_{lowest:02d}.pt"
+
+
+def test_scores_without_their_checkpoints_are_set_aside(tiny_config, capsys):
+    train_model(tiny_config)
+    for path in weights_files(tiny_config.folder):
+        path.unlink()
+    train_model(replace(tiny_config, patience=1))
+    assert "training afresh: an earlier run's files were moved" in capsys.readouterr().out
+    assert len(read_scores(tiny_config.folder)) == 2
+
+
+def test_the_checkpoint_just_written_stays_beside_damaged_later_ones(tiny_config):
+    run = r.start(tiny_config)
+    names = [f"tmodel_00_step_{step:08d}.pt" for step in (3, 6, 9)]
+    for name in names:
+        (tiny_config.folder / name).write_bytes(b"damaged")
+    run.progress = r.Progress(epoch=0, batch=4, step=4)
+    r.save_here(run)
+    assert load_checkpoint(tiny_config.folder / "tmodel_00_step_00000004.pt")["progress"]["step"] == 4
 
 
 def test_the_best_by_loss_is_the_lowest(tiny_config):
@@ -450,3 +477,24 @@ def test_rdrop_is_the_loss_where_nothing_is_dropped_and_more_where_it_is(tiny_co
         if isinstance(module, Dropout):
             module.p = 0.0
     assert run.learner(*run.inputs(batch)).item() == pytest.approx(plain(*run.inputs(batch)).item(), rel=1e-5)
+
+
+def test_rdrop_is_equation_4_halved():
+    """By hand, on a model that knows two answers: one for each of the two passes."""
+    logits = torch.randn(2, 3, 10, dtype=torch.double)
+
+    class TwoAnswers:
+        def hidden(self, encoder_input, *_):
+            assert len(encoder_input) == 2  # one sentence, twice
+            return logits
+
+        def project(self, x):
+            return x
+
+    batch = [torch.zeros(1, 3)] * 4
+    label, eps, alpha = torch.tensor([4, 5, 6]), 0.1, 3.0
+    p, q = logits.float().softmax(-1)
+    losses = [torch.nn.functional.cross_entropy(z.float(), label, label_smoothing=eps, reduction="sum") for z in logits]
+    divergences = (p * (p / q).log()).sum() + (q * (q / p).log()).sum()
+    expected = (losses[0] + losses[1] + alpha / 2 * divergences) / 2
+    assert torch.allclose(rdrop(TwoAnswers(), *batch, torch.arange(3), label, eps, alpha), expected)
