@@ -101,8 +101,8 @@ def validated(run: Run) -> bool:
 def train_step(run: Run, batches: list[dict], counts: bool = True) -> tuple[Tensor, Tensor, int]:
     """One optimizer step over these batches, and those of the other processes.
 
-    Returns the loss a target token, the gradient norm and the number of target tokens. A process whose
-    batch `counts` not goes through the same motions and adds nothing.
+    Returns the loss a target token, the gradient norm and the number of target tokens. Where the batches
+    do not count, the process goes through the same motions and adds nothing.
     """
     own = sum(int((batch["label"] != PAD).sum()) for batch in batches) if counts else 0
     tokens = parallel.total(own)
@@ -111,9 +111,11 @@ def train_step(run: Run, batches: list[dict], counts: bool = True) -> tuple[Tens
         group["lr"] = rate
     total = torch.zeros((), device=run.device)
     for i, batch in enumerate(batches):
-        with run.autocast(), run.together(i == len(batches) - 1):
+        with run.together(i == len(batches) - 1):
+            with run.autocast():
+                loss = run.learner(*run.inputs(batch))
             # Gradients are averaged over the processes, but each token of the step has the same weight.
-            loss = run.learner(*run.inputs(batch)) * (counts * parallel.world_size() / tokens)
+            loss = loss * (counts * parallel.world_size() / tokens)
             loss.backward()
         total += loss.detach()
     parameters = [p for p in run.model.parameters() if p.grad is not None]

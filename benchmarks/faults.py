@@ -100,7 +100,7 @@ def command(arguments: list[str], log: Path, disturb: Callable[[], None] | None,
         disturb()
     if started:
         step = train.train_step
-        train.train_step = lambda *args: (started.set(), step(*args))[1]
+        train.train_step = lambda *args, **options: (started.set(), step(*args, **options))[1]
     config.run_command(train.main)
 
 

@@ -44,7 +44,7 @@ def test_stopped_by_a_signal(bench, number):
 
 
 def sleep_in_every_step() -> None:
-    faults.train.train_step = lambda *_: time.sleep(60)
+    faults.train.train_step = lambda *_, **__: time.sleep(60)
 
 
 def test_a_second_signal_exits_at_once(bench):

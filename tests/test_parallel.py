@@ -40,6 +40,7 @@ def difference(a: Config, b: Config) -> float:
 
 
 def test_two_processes_make_the_steps_of_one(config, tmp_path):
+    config = replace(config, num_epochs=13, save_every_steps=0)  # 52 steps
     one = replace(config, run_dir=str(tmp_path / "one"), accumulation_steps=2)
     two = replace(config, run_dir=str(tmp_path / "two"))
     mutant = replace(config, run_dir=str(tmp_path / "mutant"))
@@ -47,6 +48,7 @@ def test_two_processes_make_the_steps_of_one(config, tmp_path):
         done = run(each, processes, DOUBLE="1", **environment)
         assert done.returncode == 0, done.stderr
     state = load_checkpoint(weights_files(two.folder)[-1])
+    assert state["progress"]["step"] == 52
     assert state["progress"] == load_checkpoint(weights_files(one.folder)[-1])["progress"]
     assert state["model"]["encoder.norm.weight"].dtype == torch.float64
     assert difference(one, two) < 1e-9
