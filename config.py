@@ -87,6 +87,7 @@ class Config:
     keep_checkpoints: int = 3             # epochs whose checkpoints stay, beside the best; 0: all
     best_by: Literal["bleu", "chrf", "exact", "loss"] = "bleu"  # validation score that makes an epoch the best
     patience: int = 0                     # stop after so many epochs without a better score; 0: never
+    mirror_dir: str = ""                  # a folder on a Drive or share that gets a verified copy of the run; empty: none
     validation_sentences: int = 200       # validation sentences translated after an epoch for BLEU and the like
     validation_examples: int = 2          # how many of them are shown
     # fmt: on
@@ -201,7 +202,7 @@ PRESETS: dict[str, dict] = {
 }
 
 # Settings of one invocation, not of the run: a folder may move, and another machine may go on with it.
-INVOCATION_FIELDS = ("run_dir", "preload", "device", "num_workers")
+INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers")
 
 # What shapes the weights, the split or the order of the batches, so cannot change when a run goes on.
 # fmt: off
@@ -309,12 +310,13 @@ def weights_files(run_dir: str | Path) -> list[Path]:
 
     tmodel_07.pt closes epoch 7; tmodel_07_step_00001200.pt was saved within it, so comes before.
     """
-    found = []
-    for path in Path(run_dir).glob(f"{MODEL_BASENAME}*.pt"):
-        if match := re.fullmatch(rf"{MODEL_BASENAME}(\d+)(?:_step_(\d+))?\.pt", path.name):
-            epoch, step = match.groups()
-            found.append((int(epoch), int(step) if step else math.inf, path))
-    return [path for *_, path in sorted(found)]
+    return sorted(filter(checkpoint_age, Path(run_dir).glob(f"{MODEL_BASENAME}*.pt")), key=checkpoint_age)
+
+
+def checkpoint_age(path: Path) -> tuple[int, float] | None:
+    """Epoch and step of a checkpoint's name, which sort as they were written; None where it is no such name."""
+    match = re.fullmatch(rf"{MODEL_BASENAME}(\d+)(?:_step_(\d+))?\.pt", path.name)
+    return match and (int(match[1]), int(match[2]) if match[2] else math.inf)
 
 
 def checkpoint_name(epoch: int, batch: int, step: int) -> str:

@@ -30,6 +30,7 @@ from config import Config, InputError, get_config, parse_config, run_command, we
 from dataset import PAD, make_batches, make_loader
 from evaluate import format_scores, score
 from loss import cross_entropy
+from mirror import check_mounted, fetch, push
 from training_run import Run, check_writable, prune, save_here, start
 
 LOG_EVERY = 10  # optimizer steps between two lines of the log
@@ -180,6 +181,7 @@ def train_epoch(run: Run) -> None:
                 break
             if config.save_every_steps and progress.step % config.save_every_steps == 0:
                 save_here(run)
+                copy_out(run)
     if progress.batch == len(batches):
         progress.epoch, progress.batch = progress.epoch + 1, 0
 
@@ -271,10 +273,14 @@ def begin(config: Config, held: contextlib.ExitStack) -> Run:
     if not parallel.is_first():
         return start(config)
     check_writable(config.folder)
+    if config.mirror_dir:
+        check_mounted(config.mirror_dir)
     new = not config.folder.exists()
     config.folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(only_trainer(config.folder))
     sweep(config.folder)
+    if config.mirror_dir and fetch(config.mirror_dir, config.folder):
+        print(f"brought back from {config.mirror_dir}")
     try:
         return start(config)
     except InputError:
@@ -305,6 +311,7 @@ def train_to_the_end(run: Run) -> None:
                 save_here(run)
             elif run.progress.batch:
                 say(f"saved {save_here(run)}")
+                copy_out(run)
             if not run.stop_signal:
                 validate(run)
     close_writer(run)
@@ -319,6 +326,13 @@ def validate(run: Run, unless_done: bool = False) -> None:
         if not (unless_done and validated(run)):
             run_validation(run)
         prune(run.config)
+        copy_out(run)
+
+
+def copy_out(run: Run) -> None:
+    if run.config.mirror_dir and parallel.is_first():
+        run.writer.flush()
+        push(run.config.folder, run.config.mirror_dir)
 
 
 def close_writer(run: Run) -> None:

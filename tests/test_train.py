@@ -498,3 +498,17 @@ def test_rdrop_is_equation_4_halved():
     divergences = (p * (p / q).log()).sum() + (q * (q / p).log()).sum()
     expected = (losses[0] + losses[1] + alpha / 2 * divergences) / 2
     assert torch.allclose(rdrop(TwoAnswers(), *batch, torch.arange(3), label, eps, alpha), expected)
+
+
+def test_a_machine_that_vanished_is_taken_up_from_the_mirror(tiny_config, tmp_path, capsys):
+    (tmp_path / "drive").mkdir()
+    config = replace(tiny_config, mirror_dir=str(tmp_path / "drive" / "run"), save_every_steps=3)
+    train_model(replace(config, num_epochs=1, lr_schedule="constant"))
+    shutil.rmtree(config.folder)
+    train_model(config)
+    assert "brought back from" in capsys.readouterr().out
+    assert len(read_scores(tmp_path / "drive" / "run")) == 2
+    assert [p.name for p in weights_files(config.mirror_dir)] == ["tmodel_00.pt", "tmodel_01.pt"]
+    with pytest.raises(InputError, match="mount the Drive first"):
+        train_model(replace(config, run_dir=str(tmp_path / "new"), mirror_dir=str(tmp_path / "gone" / "run")))
+    assert not (tmp_path / "new").exists()
