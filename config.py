@@ -185,6 +185,7 @@ PRESETS: dict[str, dict] = {
         "warmup_steps": 1_000,
         "ema_decay": 0.999,
         "keep_checkpoints": 10,
+        "validation_sentences": 1_014,  # by 200 of them an epoch was called the best that was 1.5 BLEU worse than the last
     },
     # The base model of Vaswani et al. 2017, table 3.
     "wmt14": {

@@ -21,7 +21,10 @@ from translate import Translator, blank_long, check_search
 def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13a") -> dict[str, float]:
     """BLEU and chrF (sacreBLEU), error rates and the share that is exactly right, all in percent."""
     return {
-        "bleu": sacrebleu.corpus_bleu(predicted, [references], tokenize=bleu_tokenizer).score,
+        # force: that text is tokenized is known where the tokenizer is "none"
+        "bleu": sacrebleu.corpus_bleu(
+            predicted, [references], tokenize=bleu_tokenizer, force=bleu_tokenizer == "none"
+        ).score,
         "chrf": sacrebleu.corpus_chrf(predicted, [references]).score,
         "cer": 100 * char_error_rate(predicted, references).item(),
         "wer": 100 * word_error_rate(predicted, references).item(),
