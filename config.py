@@ -85,7 +85,7 @@ class Config:
     preload: str = "latest"               # checkpoint to go on from: latest, none (train afresh) or an epoch
     save_every_steps: int = 0             # also save in mid-epoch, every so many steps; 0: at an epoch's end alone
     keep_checkpoints: int = 3             # epochs whose checkpoints stay, beside the best; 0: all
-    best_by: Literal["bleu", "chrf", "exact", "loss"] = "bleu"  # validation score that makes an epoch the best
+    best_by: Literal["loss", "bleu", "chrf", "exact"] = "loss"  # what makes an epoch the best; the loss is over the whole validation set
     patience: int = 0                     # stop after so many epochs without a better score; 0: never
     mirror_dir: str = ""                  # a folder on a Drive or share that gets a verified copy of the run; empty: none
     validation_sentences: int = 200       # validation sentences translated after an epoch for BLEU and the like
@@ -185,7 +185,7 @@ PRESETS: dict[str, dict] = {
         "warmup_steps": 1_000,
         "ema_decay": 0.999,
         "keep_checkpoints": 10,
-        "validation_sentences": 1_014,  # by 200 of them an epoch was called the best that was 1.5 BLEU worse than the last
+        "validation_sentences": 1_014,
     },
     # The base model of Vaswani et al. 2017, table 3.
     "wmt14": {

@@ -67,7 +67,7 @@ def command(
         reference: the file with its translations
         beam_size: hypotheses kept at every step; 1: greedy search
         length_penalty: 0 favours short translations, 1 and more long ones
-        weights: best (by the validation score), latest, or an epoch's number
+        weights: best (on the validation set), latest, or an epoch's number
         average: average the weights of so many epochs, the best or the latest
         bleu_tokenizer: sacreBLEU's; none for text that is tokenized already
         device: auto, cuda, mps or cpu

@@ -174,7 +174,7 @@ def command(
         run_dir: the run's folder; empty: the run trained last
         form: ctranslate2, a fast C++ engine; or safetensors, for the Hugging Face Hub
         quantization: of the CTranslate2 model's weights
-        weights: best (by the validation score), latest, or an epoch's number
+        weights: best (on the validation set), latest, or an epoch's number
         average: average the weights of so many epochs, the best or the latest
     """
     folder = Path(output_dir)

@@ -90,7 +90,7 @@ class Translator:
         """A run, or what export.py made of one; of the Hugging Face Hub, where no folder has that name.
 
         Without a name it is the run trained last.
-        `weights` is best (by the validation score that `best_by` names), latest, or an epoch's number;
+        `weights` is best (on the validation set, as `best_by` says), latest, or an epoch's number;
         with `average` those of that many epochs are averaged, the best or the latest ones.
         """
         config = load_config(local_folder(run_dir) if run_dir else newest_run())
@@ -290,7 +290,7 @@ def command(
         beam_size: hypotheses kept at every step; 1: greedy search
         length_penalty: 0 favours short translations, 1 and more long ones
         n_best: print so many hypotheses a line, with score and log-probability
-        weights: best (by the validation score), latest, or an epoch's number
+        weights: best (on the validation set), latest, or an epoch's number
         average: average the weights of so many epochs, the best or the latest
         device: auto, cuda, mps or cpu
     """

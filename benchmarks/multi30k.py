@@ -26,7 +26,7 @@ from translate import Translator, get_device
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 WEIGHTS = [("best", 1), ("latest", 1), ("latest", 5), ("latest", 10)]  # and over how many epochs they are averaged
-SEARCHES = [(1, 0.6), (5, 0.0), (5, 0.6), (5, 1.0), (5, 1.4)]  # beam size, length penalty
+SEARCHES = [(1, 0.6), (5, 0.0), (5, 0.6), (5, 1.0), (5, 1.4), (5, 1.8), (5, 2.4)]  # beam size, length penalty
 USUAL = (5, 0.6)  # the search that weights are compared with
 
 

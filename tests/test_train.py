@@ -369,7 +369,7 @@ def test_bad_input_is_one_line_and_leaves_no_run(tmp_path, arguments, words):
 def test_the_best_epoch_translates_and_the_last_few_and_it_are_kept(tiny_config, monkeypatch):
     merits = iter([10.0, 30.0, 30.0, 20.0, 25.0, 5.0])
     monkeypatch.setattr(t, "score", lambda *_: {"bleu": next(merits)})
-    config = replace(tiny_config, num_epochs=6, keep_checkpoints=2)
+    config = replace(tiny_config, num_epochs=6, keep_checkpoints=2, best_by="bleu")
     train_model(config)
     assert [p.name for p in weights_files(config.folder)] == ["tmodel_02.pt", "tmodel_04.pt", "tmodel_05.pt"]
     best = load_checkpoint(config.folder / "tmodel_02.pt")["model"]
@@ -397,7 +397,7 @@ def test_patience_ends_the_run_and_the_same_command_says_so(tiny_config, monkeyp
     merits = [10.0, 30.0, 20.0, 30.0, 40.0]
     calls = iter(merits)
     monkeypatch.setattr(t, "score", lambda *_: {"bleu": next(calls)})
-    config = replace(tiny_config, num_epochs=5, patience=2)
+    config = replace(tiny_config, num_epochs=5, patience=2, best_by="bleu")
     assert train_model(config).progress.epoch == 4
     assert "nothing better for 2 epochs" in capsys.readouterr().out
     train_model(config)
@@ -407,12 +407,13 @@ def test_patience_ends_the_run_and_the_same_command_says_so(tiny_config, monkeyp
 
 
 def test_where_some_epochs_were_not_scored_the_loss_decides(tiny_config):
-    train_model(replace(tiny_config, num_epochs=1))
-    train_model(replace(tiny_config, num_epochs=3, validation_sentences=0, patience=1))
+    config = replace(tiny_config, best_by="bleu")
+    train_model(replace(config, num_epochs=1))
+    train_model(replace(config, num_epochs=3, validation_sentences=0, patience=1))
     rows = read_scores(tiny_config.folder)
     assert len(rows) == 3  # the loss still falls
     lowest = min(rows, key=lambda row: row["loss"])["epoch"] - 1
-    assert best_first(tiny_config)[0].name == f"tmodel_{lowest:02d}.pt"
+    assert best_first(config)[0].name == f"tmodel_{lowest:02d}.pt"
 
 
 def test_scores_without_their_checkpoints_are_set_aside(tiny_config, capsys):
