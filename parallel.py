@@ -59,6 +59,7 @@ def process_group() -> Iterator[None]:
     dist.init_process_group(backend, timeout=timedelta(hours=12))  # the first may validate for long
     try:
         yield
+        dist.barrier()  # one that left early would tear down threads that another still talks to
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise

@@ -262,8 +262,9 @@ def train_model(config: Config) -> Run:
     """Trains, or goes on training, the run in `config.folder`; the model it returns is ready to translate."""
     with parallel.process_group(), contextlib.ExitStack() as held:
         run = parallel.first_then_others(lambda: begin(config, held))
-        run.learner = parallel.wrapped(run.learner, run.device)
+        alone, run.learner = run.learner, parallel.wrapped(run.learner, run.device)
         train_to_the_end(run)
+        run.learner = alone  # the wrapper has to go before the processes part
     run.translator.model.eval()
     return run
 
