@@ -8,6 +8,7 @@ since the last copy.
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoint import DamagedCheckpoint, verify
@@ -24,18 +25,29 @@ def check_mounted(mirror_dir: str) -> None:
 
 
 def fetch(mirror_dir: str, run_dir: Path) -> bool:
-    """Brings the run back where the copy is ahead of what is here, say on a new machine; whether it was."""
+    """Brings the run back where the copy is ahead of what is here, say on a new machine; whether it was.
+
+    A checkpoint that is damaged there is named and left out. Raises InputError where the folder cannot be read.
+    """
     there, here = weights_files(mirror_dir), weights_files(run_dir)
     if not there or (here and checkpoint_age(here[-1]) >= checkpoint_age(there[-1])):
         return False
-    copy_tree(Path(mirror_dir), run_dir)
+    try:
+        for path, copy in changed(Path(mirror_dir), run_dir):
+            try:
+                copy_file(path, copy)
+            except DamagedCheckpoint as error:
+                print(f"warning: {path} is passed over: {error}", file=sys.stderr)
+    except OSError as error:
+        raise InputError(f"{mirror_dir} cannot be brought back ({error}); mend it, or leave --mirror-dir out") from None
     return True
 
 
 def push(run_dir: Path, mirror_dir: str) -> None:
     """Copies what has changed, then removes the checkpoints that the run has removed. A Drive that fails is told."""
     try:
-        copy_tree(run_dir, Path(mirror_dir))
+        for path, copy in changed(run_dir, Path(mirror_dir)):
+            copy_file(path, copy)
         kept = {path.name for path in weights_files(run_dir)}
         for path in weights_files(mirror_dir):
             if path.name not in kept:
@@ -44,11 +56,12 @@ def push(run_dir: Path, mirror_dir: str) -> None:
         print(f"warning: {mirror_dir} has no copy of the newest state ({error}); it is in {run_dir}", file=sys.stderr)
 
 
-def copy_tree(source: Path, target: Path) -> None:
+def changed(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
+    """The files of a run that the other side has not, or has otherwise, with their place there."""
     for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)
         if path.is_file() and path.name not in NOT_COPIED and not path.name.endswith(".tmp") and differs(path, copy):
-            copy_file(path, copy)
+            yield path, copy
 
 
 def differs(path: Path, copy: Path) -> bool:

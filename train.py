@@ -280,9 +280,9 @@ def begin(config: Config, held: contextlib.ExitStack) -> Run:
     config.folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(only_trainer(config.folder))
     sweep(config.folder)
-    if config.mirror_dir and fetch(config.mirror_dir, config.folder):
-        print(f"brought back from {config.mirror_dir}")
     try:
+        if config.mirror_dir and fetch(config.mirror_dir, config.folder):
+            print(f"brought back from {config.mirror_dir}")
         return start(config)
     except InputError:
         if new:

@@ -83,6 +83,15 @@ def test_a_copy_that_arrives_damaged_never_takes_the_name(run, tmp_path, monkeyp
         m.copy_file(run / "tmodel_00.pt", drive / "tmodel_00.pt")
 
 
+def test_a_checkpoint_damaged_on_the_drive_is_passed_over(run, tmp_path, capsys):
+    drive, new = tmp_path / "drive", tmp_path / "new"
+    m.push(run, str(drive))
+    (drive / "tmodel_01.pt").write_bytes(b"damaged")
+    assert m.fetch(str(drive), new)
+    assert [path.name for path in weights_files(new)] == ["tmodel_00.pt"]
+    assert "tmodel_01.pt is passed over" in capsys.readouterr().err
+
+
 def test_a_drive_that_goes_away_is_told_and_one_that_is_not_there_refused(run, tmp_path, capsys):
     (tmp_path / "drive").write_text("no folder any more")
     m.push(run, str(tmp_path / "drive"))
