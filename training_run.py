@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,7 @@ class Run:
     writer: SummaryWriter | None = None
     signal_here: int = 0  # the signal that this process was sent
     stop_signal: int = 0  # the one on which all processes stop
+    unchecked: list[tuple[int, str, Tensor, Tensor]] = field(default_factory=list)  # see check_finite
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -87,6 +88,24 @@ class Run:
     def together(self, now: bool):
         """Where gradients are averaged over the processes: only at a step's last batch."""
         return contextlib.nullcontext() if now or parallel.world_size() == 1 else self.learner.no_sync()
+
+    def check_finite(self) -> None:
+        """Raises InputError for the first step since the last look whose loss or gradient norm is not finite.
+
+        `unchecked` holds each step's number, the first words of its batch, its loss and its norm. A look
+        makes a GPU wait.
+        """
+        steps, self.unchecked = self.unchecked, []
+        if not steps:
+            return
+        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, _, loss, norm in steps]).tolist()
+        for (step, words, *_), (loss, norm) in zip(steps, values, strict=True):
+            if not math.isfinite(loss + norm):
+                raise InputError(
+                    f"loss {loss:.4g} and gradient norm {norm:.4g} at step {step}, in the batch that begins "
+                    f"{words[:60]!r}; the step was not made: "
+                    "lower --lr or check the data, then go on from the last checkpoint with the same command"
+                )
 
     def done(self) -> bool:
         progress, config = self.progress, self.config
@@ -103,11 +122,21 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=1e-9, fused=device.type != "mps")
 
 
-def choose_precision(config: Config, device: torch.device) -> str:
-    """bf16 on a GPU with units for it (compute capability 8 and up); on a CPU casting costs more than it saves."""
+BF16_FROM = 2_000_000  # parameters, on a CPU: the toy model (0.9 million) takes 1.07 times as long in bf16,
+#                        Multi30k's (2.6 million) 0.7 times, the base model (49 million) half (benchmarks/README.md)
+
+
+def choose_precision(config: Config, device: torch.device, model: nn.Module) -> str:
+    """bf16 where the device has units for it; on a CPU only from a size on at which they outweigh the casting."""
     if config.precision != "auto":
         return config.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    fast = False
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
+    elif device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= BF16_FROM:
+        units = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version of the range
+        fast = any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16" if fast else "fp32"
 
 
 def start(config: Config) -> Run:
@@ -131,7 +160,7 @@ def start(config: Config) -> Run:
     run = Run(
         config=config,
         device=device,
-        precision=choose_precision(config, device),
+        precision=choose_precision(config, device, model),
         model=model,
         learner=Learner(model, config.label_smoothing, config.rdrop_alpha),
         train=train,
@@ -201,6 +230,7 @@ def check_writable(folder: Path) -> None:
 
 def save(run: Run, path: str | Path) -> None:
     """Everything that a run needs to go on as if it had never stopped; the first process writes it."""
+    run.check_finite()
     config, progress = run.config, run.progress
     rng = parallel.gather(rng_state())
     if not parallel.is_first():

@@ -89,8 +89,8 @@ def test_every_pair_is_in_exactly_one_batch_within_the_budget(small, batch_token
 def test_like_lengths_share_a_batch(small):
     _, data = small
     batches = make_batches(data, get_config("toy", batch_tokens=400), 0)
-    padded = sum(len(b) * data.tgt_lengths[b].max() for b in batches)
-    assert data.tgt_lengths.sum() / padded > 0.9
+    padded = sum(len(b) * (data.src_lengths[b].max() + data.tgt_lengths[b].max()) for b in batches)
+    assert (data.src_lengths + data.tgt_lengths).sum() / padded > 0.9
 
 
 def test_workers_give_the_same_batches_and_leave_the_global_generator_alone(small):

@@ -36,6 +36,15 @@ def test_learning_rates():
     assert {learning_rate(step, flat, 100) for step in (0, 50, 1000)} == {1.0}
 
 
+def test_precision_is_bf16_where_the_processor_has_units_and_the_model_is_worth_it(monkeypatch):
+    cpu, large, small = torch.device("cpu"), torch.nn.Linear(2_000, 1_000), torch.nn.Linear(2, 2)
+    for units, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units, raising=False)
+        assert r.choose_precision(get_config("toy"), cpu, large) == expected
+        assert r.choose_precision(get_config("toy"), cpu, small) == "fp32"
+    assert r.choose_precision(get_config("toy", precision="fp32"), cpu, large) == "fp32"
+
+
 def test_one_epoch_of_the_toy_corpus_translates_held_out_pairings(trained_run):
     """The real thing, end to end; the floor is far below what one epoch reaches (about 90)."""
     (scores,) = [json.loads(line) for line in (trained_run / "scores.jsonl").read_text().splitlines()]
@@ -311,6 +320,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_config):
     with pytest.raises(InputError, match=r"the step was not made"):
         t.train_step(run, [batch])
     assert all(torch.equal(w, before[name]) for name, w in run.model.state_dict().items())
+
+
+def test_where_nobody_waits_a_bad_step_leaves_itself_out_and_is_found_before_the_next_save(tiny_config, monkeypatch):
+    run = r.start(tiny_config)
+    monkeypatch.setattr(t, "CHECKED_LATER", ("cpu",))
+    t.train_step(run, [run.train[[0, 1]]])
+    before = {name: w.clone() for name, w in run.model.state_dict().items()}
+    good = run.learner
+    run.learner = lambda *inputs: good(*inputs) * math.nan
+    t.train_step(run, [run.train[[2, 3]]])
+    assert all(torch.equal(w, before[name]) for name, w in run.model.state_dict().items())
+    run.learner = good
+    run.progress.step = 1
+    t.train_step(run, [run.train[[4, 5]]])
+    with pytest.raises(InputError, match=r"loss nan .* at step 0, .*the step was not made"):
+        r.save_here(run)
+    assert not weights_files(tiny_config.folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write anywhere")
