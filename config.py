@@ -44,7 +44,7 @@ class Config:
     datasource: str = "Helsinki-NLP/opus_books"  # where the training pairs come from
     validation_source: str = ""           # empty: a seeded part of datasource is split off
     test_source: str = ""                 # read by evaluate.py alone
-    validation_fraction: float = 0.1      # the part split off where there is no validation_source
+    validation_fraction: float = 0.1      # the part split off where there is no validation_source, up to 10,000 pairs
     lang_src: str = "en"                  # language to translate from
     lang_tgt: str = "it"                  # language to translate into
     tokenizer: Literal["bpe", "word"] = "bpe"  # pieces of words, nothing unknown; or whole words seen at least twice

@@ -4,11 +4,13 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
@@ -17,6 +19,7 @@ from config import Config, InputError
 from toy_corpus import LANGUAGES, SPLIT_SIZES, toy_pairs
 
 DATA_VERSION = 1  # raise it when reading or encoding changes: the cache of `datasets` does not see our code
+MOST_VALIDATION = 10_000  # pairs split off for validation
 LOCAL_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
@@ -244,14 +247,31 @@ def load_split(config: Config, split: str) -> datasets.Dataset:
             f"{len(pairs)} pairs are too few to split off {config.validation_fraction:.0%} for validation; "
             "give a --validation-source"
         )
-    order = np.random.default_rng(config.seed).permutation(len(pairs))
+    rng = np.random.default_rng(config.seed)
+    if count > MOST_VALIDATION:
+        return split_in_runs(pairs, rng, split)
+    order = rng.permutation(len(pairs))
     return pairs.select(np.sort(order[:count] if split == "validation" else order[count:]))
+
+
+def split_in_runs(pairs: datasets.Dataset, rng: np.random.Generator, split: str) -> datasets.Dataset:
+    """Of a large corpus, MOST_VALIDATION pairs in a hundred runs of neighbours from all over it, or the rest.
+
+    So neither part needs a list of its rows.
+    """
+    length = MOST_VALIDATION // 100
+    starts = np.sort(rng.choice(len(pairs) // length, 100, replace=False)) * length
+    ends = [0, *(end for start in starts.tolist() for end in (start, start + length)), len(pairs)]
+    parts = list(pairwise(ends))[1::2] if split == "validation" else list(pairwise(ends))[::2]
+    return datasets.concatenate_datasets([pairs.select(range(*part)) for part in parts if part[0] < part[1]])
 
 
 def count_shared(train: datasets.Dataset, validation: datasets.Dataset) -> int:
     """How many validation pairs also stand in the training set, where scores would flatter."""
     held = set(zip(validation["src"], validation["tgt"], strict=True))
+    sources = pa.array({src for src, _ in held})
     seen = set()
-    for batch in train.iter(batch_size=10_000):
-        seen |= held.intersection(zip(batch["src"], batch["tgt"], strict=True))
+    for batch in train.with_format("arrow").iter(batch_size=10_000):
+        like = batch.filter(pc.is_in(batch["src"], sources))  # a few, so that only they become Python strings
+        seen |= held.intersection(zip(like["src"].to_pylist(), like["tgt"].to_pylist(), strict=True))
     return len(seen)

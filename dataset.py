@@ -3,9 +3,12 @@
 B  sentences in the batch    S  source length in tokens    T  target length in tokens
 """
 
+import hashlib
 import json
+import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +24,9 @@ import parallel
 from config import Config, InputError, latest_weights_file_path, write_atomically
 from corpus import DATA_VERSION, load_split
 from model import causal_mask
+
+PAIRS_A_PROCESS = 100_000  # fewer are encoded sooner than another process has started
+TOKENIZER_PAIRS = 1_000_000  # that a tokenizer is trained on; more change little but the time
 
 SPECIAL_TOKENS = ["[UNK]", "[PAD]", "[SOS]", "[EOS]"]
 UNK, PAD, SOS, EOS = range(4)
@@ -38,7 +44,7 @@ def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -
         return load_tokenizer(path)
     side = "src" if lang == config.lang_src else "tgt"
     sides = ["src", "tgt"] if config.shared_vocab else [side]
-    texts = (text for batch in pairs.iter(batch_size=1_000) for s in sides for text in batch[s])
+    texts = (text for batch in sample(pairs) for s in sides for text in batch[s])
     build = build_word_tokenizer if config.tokenizer == "word" else build_bpe_tokenizer
     tokenizer = build(texts, config.vocab_size)
     if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
@@ -48,6 +54,13 @@ def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -
         other = config.lang_tgt if side == "src" else config.lang_src
         write_atomically(tokenizer_path(config, other), tokenizer.to_str(pretty=True))
     return tokenizer
+
+
+def sample(pairs: datasets.Dataset, at_once: int = 1_000) -> Iterator[dict]:
+    """Batches of pairs from all over the corpus, all of them up to TOKENIZER_PAIRS."""
+    every = -(-len(pairs) // TOKENIZER_PAIRS)
+    for start in range(0, len(pairs), at_once * every):
+        yield pairs[start : start + at_once]
 
 
 def tokenizer_path(config: Config, lang: str) -> Path:
@@ -154,6 +167,7 @@ class BilingualDataset(torch.utils.data.Dataset):
         self.seq_len, self.seed, self.epoch = seq_len, seed, 0
         self.cutters = [BPEDropout(t, bpe_dropout) for t in (tokenizer_src, tokenizer_tgt)] if bpe_dropout else None
         self.skipped_blank = count_blank(pairs)
+        processes = min(os.cpu_count() or 1, len(pairs) // PAIRS_A_PROCESS)
         self.encoded = pairs.map(
             encode_pairs,
             batched=True,
@@ -166,6 +180,7 @@ class BilingualDataset(torch.utils.data.Dataset):
             features=datasets.Features(
                 pairs.features | {side: datasets.List(datasets.Value("int32")) for side in ("src_ids", "tgt_ids")}
             ),
+            num_proc=processes if processes > 1 else None,
             desc="Encoding pairs",
         ).with_format("arrow")
         self.skipped_long = len(pairs) - len(self.encoded) - self.skipped_blank
@@ -174,12 +189,24 @@ class BilingualDataset(torch.utils.data.Dataset):
                 f"no pair is left: {self.skipped_blank:,} are blank, {self.skipped_long:,} have over {seq_len} tokens; "
                 "raise --seq-len or check the source"
             )
-        self.src_lengths, self.tgt_lengths = (
-            pc.list_value_length(self.encoded.data.column(side)).to_numpy() for side in ("src_ids", "tgt_ids")
-        )
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    def lengths(self, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Source and target tokens, [SOS] and [EOS] included, of the pairs from start to stop, each (stop - start,)."""
+        stop = len(self) if stop is None else stop
+        columns = (self.encoded.data.column(side).slice(start, stop - start) for side in ("src_ids", "tgt_ids"))
+        return tuple(pc.list_value_length(column).to_numpy() for column in columns)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Notices a corpus that has changed under a run: the lengths of all its sentences, in order."""
+        digest = hashlib.sha256()
+        for side in (0, 1):
+            for start in range(0, len(self), POOL):
+                digest.update(self.lengths(start, min(start + POOL, len(self)))[side].astype(np.int32).tobytes())
+        return f"{len(self)} pairs {digest.hexdigest()[:16]}"
 
     def __getitem__(self, positions: list[int]) -> dict:
         rows = self.encoded[positions]  # an Arrow table
@@ -247,36 +274,75 @@ def padding_mask(ids: torch.Tensor) -> torch.Tensor:
     return (ids != PAD)[:, None, None, :]  # (B, S) -> (B, 1, 1, S)
 
 
-def make_batches(dataset: BilingualDataset, config: Config, epoch: int | None) -> list[list[int]]:
+POOL = 1 << 17  # pairs that are sorted by length together
+BLOCK = 1 << 10  # neighbours in the corpus that share a pool, so that it is read in a few pieces
+
+
+class Batches:
     """Positions in batches of like lengths, each pair in exactly one; a pure function of seed and epoch.
 
     A batch holds as many sentences as keep sentences x longest sentence within `batch_tokens` (at
     least one), or `batch_size` sentences where that is 0. With `epoch` None the order is fixed.
+
+    However large the corpus, only one pool of it is at hand at a time: blocks of neighbours, in random order,
+    fill pools, and each pool is cut into batches, which are shuffled. A corpus below POOL is one pool.
     """
-    lengths = np.maximum(dataset.src_lengths, dataset.tgt_lengths - 1)
-    rng = np.random.default_rng((config.seed, epoch or 0))
-    if config.batch_tokens == 0:
-        order = rng.permutation(len(lengths)) if epoch is not None else np.arange(len(lengths))
-        return [order[i : i + config.batch_size].tolist() for i in range(0, len(order), config.batch_size)]
-    ties = rng.permutation(len(lengths))
-    # By the longer side; within one length the other goes up and down in turn, so that neighbours are alike:
-    # 3% of the positions are padding on Multi30k in batches of 4,096, against 7% when sorted by target, then source.
-    difference = dataset.src_lengths - dataset.tgt_lengths
-    order = np.lexsort((ties, np.where(lengths % 2, difference, -difference), lengths))
-    batches, start, longest = [], 0, 0
-    for i, length in enumerate(lengths[order].tolist()):
-        longest = max(longest, length)
-        if i > start and (i + 1 - start) * longest > config.batch_tokens:
-            batches.append(order[start:i].tolist())
-            start, longest = i, length
-    batches.append(order[start:].tolist())
-    if epoch is not None:
-        rng.shuffle(batches)
-    return batches
+
+    def __init__(self, dataset: "BilingualDataset", config: Config, epoch: int | None):
+        self.dataset, self.config, self.epoch = dataset, config, epoch
+        blocks = np.arange(-(-len(dataset) // BLOCK))
+        if epoch is not None:
+            np.random.default_rng((config.seed, epoch)).shuffle(blocks)
+        self.pools = np.split(blocks, range(POOL // BLOCK, len(blocks), POOL // BLOCK))
+        self.counts = [sum(1 for _ in self.cut(pool)) for pool in range(len(self.pools))]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.starting_at(0)
+
+    def starting_at(self, first: int) -> Iterator[list[int]]:
+        """The batches from the `first` on."""
+        for pool, count in enumerate(self.counts):
+            if first < count:
+                batches = [order.tolist() for order in self.cut(pool)]
+                if self.epoch is not None:
+                    self.rng(pool, "batches").shuffle(batches)
+                yield from batches[first:]
+            first = max(0, first - count)
+
+    def rng(self, pool: int, purpose: str) -> np.random.Generator:
+        return np.random.default_rng((self.config.seed, self.epoch or 0, pool, purpose == "batches"))
+
+    def cut(self, pool: int) -> Iterator[np.ndarray]:
+        """The pool's batches before they are shuffled."""
+        starts = self.pools[pool] * BLOCK
+        ranges = [(start, min(start + BLOCK, len(self.dataset))) for start in starts.tolist()]
+        positions = np.concatenate([np.arange(*ends) for ends in ranges])
+        ties = self.rng(pool, "order").permutation(len(positions))
+        if self.config.batch_tokens == 0:
+            order = positions if self.epoch is None else positions[ties]
+            yield from (order[i : i + self.config.batch_size] for i in range(0, len(order), self.config.batch_size))
+            return
+        src_lengths, tgt_lengths = map(
+            np.concatenate, zip(*(self.dataset.lengths(*ends) for ends in ranges), strict=True)
+        )
+        difference, lengths = src_lengths - tgt_lengths, np.maximum(src_lengths, tgt_lengths - 1)
+        # By the longer side; within one length the other goes up and down in turn, so that neighbours are alike:
+        # 3% of the positions are padding on Multi30k in batches of 4,096, against 7% sorted by target, then source.
+        order = np.lexsort((ties, np.where(lengths % 2, difference, -difference), lengths))
+        start, longest = 0, 0
+        for i, length in enumerate(lengths[order].tolist()):
+            longest = max(longest, length)
+            if i > start and (i + 1 - start) * longest > self.config.batch_tokens:
+                yield positions[order[start:i]]
+                start, longest = i, length
+        yield positions[order[start:]]
 
 
 def make_loader(
-    dataset: BilingualDataset, batches: list[list[int]], num_workers: int = 0, pin_memory: bool = False
+    dataset: BilingualDataset, batches: Iterable[list[int]], num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
     """Yields the dataset's batch for each list of positions. Its own generator leaves the global RNG alone."""
     return DataLoader(

@@ -265,7 +265,7 @@ class PlainDecoder:
         mask = causal_mask(self.written.size(1), ids.device)
         return self.model.project(self.model.decode(self.encoder_output, self.src_mask, self.written, mask)[:, -1])
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
         self.written, self.src_mask, self.encoder_output = (
             self.written[rows],
             self.src_mask[rows],

@@ -236,10 +236,15 @@ class DecoderBlock(nn.Module):
         caches: tuple[KVCache | None, KVCache | None] = (None, None),
     ) -> Tensor:
         own, cross = caches
+
+        def ask_source(x: Tensor) -> Tensor:
+            side_by_side = x.view(
+                len(encoder_output), -1, x.size(-1)
+            )  # hypotheses of a sentence: (B K, 1, D) -> (B, K, D)
+            return self.cross_attention_block(side_by_side, encoder_output, encoder_output, src_mask, cross).view_as(x)
+
         x = self.residual_connections[0](x, lambda x: self.self_attention_block(x, x, x, tgt_mask, own))
-        x = self.residual_connections[1](
-            x, lambda x: self.cross_attention_block(x, encoder_output, encoder_output, src_mask, cross)
-        )
+        x = self.residual_connections[1](x, ask_source)
         return self.residual_connections[2](x, self.feed_forward_block)
 
 
@@ -309,7 +314,8 @@ class Transformer(nn.Module):
         """Target ids (B, T), mask (B or 1, 1, T, T): (B, T, D).
 
         With `caches` (from `new_caches`), `tgt` holds the new tokens alone and `tgt_mask` is None
-        where it is a single one, which may attend to all before it.
+        where it is a single one, which may attend to all before it. Then it may also hold K hypotheses of
+        each sentence, side by side (B K, 1).
         """
         start = caches[0][0].length if caches else 0
         x = self.tgt_pos(self.tgt_embed(tgt), start)

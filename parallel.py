@@ -6,9 +6,10 @@ Where it did not, there is one process, and nothing here touches torch.distribut
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -133,10 +134,18 @@ def reduced(number: Number, operation: str) -> Number:
     return type(number)(tensor.item())
 
 
-def share_of(batches: list, accumulation: int) -> list[list]:
-    """This process' batches, a list for each optimizer step, from the list that all processes have alike.
+def own_counts(batches: int, accumulation: int) -> Iterator[int]:
+    """How many of so many batches are this process' own in each optimizer step.
 
     A step takes accumulation x world of them; at an epoch's end some processes may have none.
     """
     size = accumulation * world_size()
-    return [batches[i : i + size][rank() :: world_size()] for i in range(0, len(batches), size)]
+    for start in range(0, batches, size):
+        yield len(range(start + rank(), min(start + size, batches), world_size()))
+
+
+def own_batches(batches: Iterable[T], accumulation: int) -> Iterator[T]:
+    """This process' batches of those that all processes have alike; in a step without one, one to take in vain."""
+    batches = iter(batches)
+    while group := list(islice(batches, accumulation * world_size())):
+        yield from group[rank() :: world_size()] or group[-1:]

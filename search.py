@@ -1,6 +1,6 @@
 """Search for a translation, a token at a time: greedy and beam. It sees ids and logits, never a model.
 
-B  sentences in the batch    N  of them still unfinished    K  slots of a beam    V  target vocabulary
+B  sentences in the batch    N  of them still unfinished    K  hypotheses a sentence, the beam    V  target vocabulary
 """
 
 import math
@@ -16,16 +16,16 @@ DROP_EVERY = 4  # steps between looks at which sentences are finished; each look
 
 
 class StepDecoder(Protocol):
-    """What a search sees of a model: the next token's logits, and which sentences go on."""
+    """What a search sees of a model: the next token's logits, and which hypotheses go on.
+
+    There are K hypotheses of each of the N sentences, side by side; in greedy search K is 1.
+    """
 
     def step(self, ids: Tensor) -> Tensor:
-        """The newest token of each sentence (N,): logits of the next one (N, V)."""
+        """The newest token of each hypothesis (N K,): logits of the next one (N K, V)."""
 
-    def select(self, rows: Tensor, same_sources: bool = False) -> None:
-        """Goes on with these rows (M,) of the N, in this order.
-
-        `same_sources` promises that row n's source stays the n-th: hypotheses of a sentence change places.
-        """
+    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
+        """Goes on with these rows (M K,) of the N K hypotheses, which belong to these M sentences; None: to all N."""
 
 
 def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
@@ -45,7 +45,7 @@ def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
                 break
             if len(going) < len(alive):
                 alive, ids, finished = alive[going], ids[going], finished[going]
-                decoder.select(going)
+                decoder.select(going, going)
     return [until_end(row[:limit]) for row, limit in zip(written.tolist(), max_lengths.tolist(), strict=True)]
 
 
@@ -83,12 +83,11 @@ def beam_search(
     total[:, 0] = 0  # are alike, so one of them counts
     finished = Finished(torch.full_like(total, -math.inf), total.clone(), written.clone())
     settled = torch.zeros(B, dtype=torch.bool, device=device)
-    decoder.select(alive.repeat_interleave(K))
     for t in range(longest):
-        log_p = decoder.step(ids.flatten()).float().log_softmax(-1).unflatten(0, (-1, K))  # (N, K, V)
-        # Each hypothesis can end in one way only, so of the 2 K likeliest at least K go on.
-        likeliest, index = (total.unsqueeze(-1) + log_p).flatten(1).topk(2 * K)  # (N, 2 K)
-        origin, ids = index // log_p.size(-1), index % log_p.size(-1)
+        log_p, following = likeliest_tokens(decoder.step(ids.flatten()), 2 * K)  # (N K, 2 K), or V if that is less
+        # Each hypothesis can end in one way only, so of the 2 K likeliest of a sentence at least K go on.
+        likeliest, index = (total.unsqueeze(-1) + log_p.unflatten(0, (-1, K))).flatten(1).topk(2 * K)  # (N, 2 K)
+        origin, ids = index // log_p.size(-1), following.view(len(alive), -1).gather(1, index)
         written = pick(written, origin)
         written[:, :, t] = ids
         limit = max_lengths[alive].unsqueeze(1)  # (N, 1)
@@ -101,7 +100,7 @@ def beam_search(
         settled |= (limit.squeeze(1) <= t + 1) | cannot_improve(finished.scores[:, n_best - 1], bound)
         if K == 1:
             settled |= finished.scores[:, 0].isfinite()
-        same_sources = True
+        left = None
         rows = origin + K * torch.arange(len(alive), device=device).unsqueeze(1)  # (N, K), of the N K
         if (t + 1) % DROP_EVERY == 0 or t + 1 == longest:
             for n in settled.nonzero().squeeze(1).tolist():
@@ -109,13 +108,24 @@ def beam_search(
             left = (~settled).nonzero().squeeze(1)
             if len(left) == 0:
                 break
-            same_sources = len(left) == len(alive)
-            finished = Finished(*(column[left] for column in finished))
-            alive, ids, written, total, settled, rows = (
-                tensor[left] for tensor in (alive, ids, written, total, settled, rows)
-            )
-        decoder.select(rows.flatten(), same_sources)
+            if len(left) == len(alive):
+                left = None
+            else:
+                finished = Finished(*(column[left] for column in finished))
+                alive, ids, written, total, settled, rows = (
+                    tensor[left] for tensor in (alive, ids, written, total, settled, rows)
+                )
+        decoder.select(rows.flatten(), left)
     return found
+
+
+def likeliest_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and ids of the likeliest tokens, each (N, count or V), of logits (N, V).
+
+    The softmax's denominator is subtracted from those alone: a pass over the vocabulary less.
+    """
+    best, ids = logits.float().topk(min(count, logits.size(-1)))
+    return best - logits.float().logsumexp(-1, keepdim=True), ids
 
 
 def cannot_improve(nth_best: Tensor, bound: Tensor) -> Tensor:

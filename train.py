@@ -27,7 +27,7 @@ from tqdm import tqdm
 import parallel
 from checkpoint import merits, only_trainer, read_scores, sweep, write_scores
 from config import Config, InputError, get_config, parse_config, run_command, weights_files
-from dataset import PAD, make_batches, make_loader
+from dataset import PAD, Batches, make_loader
 from evaluate import format_scores, score
 from loss import cross_entropy
 from mirror import check_mounted, fetch, push
@@ -56,7 +56,7 @@ def learning_rate(step: int, config: Config, total_steps: int) -> float:
 def validation_loss(run: Run) -> float:
     """Cross-entropy in nats a target token, without smoothing, over the whole validation set."""
     loss, tokens = 0.0, 0
-    for batch in make_loader(run.validation, make_batches(run.validation, run.config, epoch=None)):
+    for batch in make_loader(run.validation, Batches(run.validation, run.config, epoch=None)):
         with run.autocast():
             loss += cross_entropy(run.translator.model, *run.inputs(batch)).item()
         tokens += (batch["label"] != PAD).sum().item()
@@ -149,11 +149,9 @@ def update_average(run: Run) -> None:
 def train_epoch(run: Run) -> None:
     """The rest of the current epoch, or until a signal or max_steps."""
     config, progress = run.config, run.progress
-    batches = make_batches(run.train, config, progress.epoch)
+    batches = Batches(run.train, config, progress.epoch)
     run.train.begin_epoch(progress.epoch)
-    left = batches[progress.batch :]
-    shares = parallel.share_of(left, config.accumulation_steps)
-    own = [batch for share in shares for batch in share or left[-1:]]  # a process without a batch takes one in vain
+    own = parallel.own_batches(batches.starting_at(progress.batch), config.accumulation_steps)
     loader = iter(make_loader(run.train, own, config.num_workers, run.device.type == "cuda"))
     meter = Meter(run)
     with tqdm(
@@ -164,10 +162,10 @@ def train_epoch(run: Run) -> None:
         dynamic_ncols=True,
         disable=not parallel.is_first(),
     ) as bar:
-        for share in shares:
-            group = next_batches(loader, max(1, len(share)), config)
+        for count in parallel.own_counts(len(batches) - progress.batch, config.accumulation_steps):
+            group = next_batches(loader, max(1, count), config)
             try:
-                meter.add(*train_step(run, group, counts=bool(share)))
+                meter.add(*train_step(run, group, counts=count > 0))
             except torch.OutOfMemoryError:
                 sizes = " and ".join(f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in group)
                 raise InputError(f"out of memory in a batch of {sizes}; lower --batch-tokens, or --seq-len") from None

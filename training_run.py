@@ -2,14 +2,12 @@
 
 import contextlib
 import copy
-import hashlib
 import math
 import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -37,7 +35,7 @@ from config import (
     weights_files,
 )
 from corpus import count_shared, load_split
-from dataset import BilingualDataset, get_ds, make_batches, tokenizer_path
+from dataset import Batches, BilingualDataset, get_ds, tokenizer_path
 from loss import Learner, target_tokens
 from model import Transformer
 from translate import WEIGHTS_FILE, Translator, check_tokenizers, get_device, get_model
@@ -155,7 +153,7 @@ def start(config: Config) -> Run:
     if not first:
         torch.manual_seed(config.seed + parallel.rank())  # the same weights, another dropout
     batches_a_step = config.accumulation_steps * parallel.world_size()
-    steps_per_epoch = math.ceil(len(make_batches(train, config, epoch=0)) / batches_a_step)
+    steps_per_epoch = math.ceil(len(Batches(train, config, epoch=0)) / batches_a_step)
     total_steps = steps_per_epoch * config.num_epochs
     run = Run(
         config=config,
@@ -244,7 +242,7 @@ def save(run: Run, path: str | Path) -> None:
             "progress": asdict(progress),
             "rng": rng,
             "config": asdict(config),
-            "corpus": corpus_fingerprint(run.train),
+            "corpus": run.train.fingerprint,
             "tokenizers": [
                 tokenizer_path(config, lang).read_text(encoding="utf8") for lang in (config.lang_src, config.lang_tgt)
             ],
@@ -293,12 +291,6 @@ def set_rng_state(state: dict) -> None:
         torch.mps.set_rng_state(state["mps"])
 
 
-def corpus_fingerprint(dataset: BilingualDataset) -> str:
-    """Notices a corpus that has changed under a run: the lengths of all its sentences, in order."""
-    lengths = np.stack([dataset.src_lengths, dataset.tgt_lengths])
-    return f"{len(dataset)} pairs {hashlib.sha256(lengths.astype(np.int32).tobytes()).hexdigest()[:16]}"
-
-
 def choose_checkpoint(config: Config) -> tuple[dict | None, Path | None, list[Path]]:
     """The state to go on from, as `preload` says, its file, and the files that would get in the way."""
     files = weights_files(config.folder)
@@ -341,7 +333,7 @@ def check_same_run(config: Config, saved: dict, path: Path) -> None:
 
 def restore(run: Run, state: dict, path: Path) -> None:
     """Puts a saved state back, to the bit."""
-    if state["corpus"] != corpus_fingerprint(run.train):
+    if state["corpus"] != run.train.fingerprint:
         before = state["corpus"].split()[0]
         raise InputError(
             f"the corpus has changed since {path} was saved ({before} training pairs then, {len(run.train)} now); "

@@ -45,13 +45,13 @@ class CachedDecoder:
         x = self.model.decode(self.encoder_output, self.src_mask, ids.unsqueeze(1), None, self.caches)
         return self.model.project(x).squeeze(1)  # (N, 1, D) -> (N, V)
 
-    def select(self, rows: Tensor, same_sources: bool = False) -> None:
+    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
         for own, cross in self.caches:
             own.select(rows)
-            if not same_sources:
-                cross.select(rows)
-        if not same_sources:
-            self.src_mask, self.encoder_output = self.src_mask[rows], self.encoder_output[rows]
+            if sentences is not None:
+                cross.select(sentences)
+        if sentences is not None:
+            self.src_mask, self.encoder_output = self.src_mask[sentences], self.encoder_output[sentences]
 
 
 def get_model(config: Config, vocab_src_len: int, vocab_tgt_len: int) -> Transformer:

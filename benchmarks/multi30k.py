@@ -30,13 +30,17 @@ SEARCHES = [(1, 0.6), (5, 0.0), (5, 0.6), (5, 1.0), (5, 1.4), (5, 1.8), (5, 2.4)
 USUAL = (5, 0.6)  # the search that weights are compared with
 
 
+def sources(data: str, form: str) -> list[str]:
+    """The flags that name a folder's training, validation and test set."""
+    suffix = ".lc.norm.tok" if form == "tok" else ""
+    parts = zip(("datasource", "validation-source", "test-source"), ("train", "val", "test_2016_flickr"), strict=True)
+    return [word for name, part in parts for word in (f"--{name}", str(Path(data) / f"{part}{suffix}"))]
+
+
 def train(arguments, seed: int) -> tuple[Path, subprocess.Popen]:
-    suffix = ".lc.norm.tok" if arguments.form == "tok" else ""
     run = Path(arguments.runs) / f"multi30k.{arguments.form}.{seed}"
     run.parent.mkdir(parents=True, exist_ok=True)
-    sources = zip(("datasource", "validation-source", "test-source"), ("train", "val", "test_2016_flickr"), strict=True)
-    flags = [word for name, part in sources for word in (f"--{name}", str(Path(arguments.data) / f"{part}{suffix}"))]
-    command = [sys.executable, str(TRAIN), "--preset", "multi30k", *flags]
+    command = [sys.executable, str(TRAIN), "--preset", "multi30k", *sources(arguments.data, arguments.form)]
     command += ["--run-dir", str(run), "--seed", str(seed), *arguments.flags]
     return run, subprocess.Popen(command, stdout=log_of(run).open("a"), stderr=subprocess.STDOUT)
 

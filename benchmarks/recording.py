@@ -10,13 +10,14 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import get_config
-from dataset import make_batches, make_loader
+from dataset import Batches, make_loader
 from model import MultiHeadAttentionBlock
 from train import train_step
 from training_run import start
@@ -33,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = start(get_config("toy", run_dir=folder))
         run.model.train()
-        batches = list(make_loader(run.train, make_batches(run.train, run.config, 0)[:STEPS]))
+        batches = list(make_loader(run.train, islice(Batches(run.train, run.config, 0), STEPS)))
         ways = {"with the seams": MultiHeadAttentionBlock.attend, "without": attend_without_seams}
         times = {name: [] for name in ways}
         for _ in range(ROUNDS):

@@ -48,7 +48,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def measure(size, batches: list[dict], vocabulary: int, rounds: int, device: torch.device, peaks: dict) -> str:
-    ways = {way.name: way(size, vocabulary, device) for way in [Ours, *PEERS] if installed(way, size)}
+    ways = {way.name: way(size, vocabulary, device) for way in [Ours, *PEERS] if installed(way)}
     eights = first_eights(batches[0])
     given = {name: [eights] if name == Tutorial.name else batches for name in ways}
 
@@ -69,7 +69,7 @@ def measure(size, batches: list[dict], vocabulary: int, rounds: int, device: tor
     return table(rows, ["", "precision", "target tokens/s", "this project is × as fast", "peak GB", "MFU"])
 
 
-def installed(way, size) -> bool:
+def installed(way: type) -> bool:
     """Whether a small one can be made."""
     try:
         way(SIZES["tiny"], 100, torch.device("cpu"))

@@ -359,7 +359,7 @@ class CTranslate2:
 
     name = "CTranslate2"
 
-    def __init__(self, ours: Ours, folder: Path, threads: int, quantization: str = "float32"):
+    def __init__(self, ours: Ours, folder: Path, threads: int, device: torch.device, quantization: str = "float32"):
         import ctranslate2
 
         vocabulary = ours.run.model.projection_layer.proj.out_features
@@ -372,7 +372,7 @@ class CTranslate2:
         to_ctranslate2(Translator(ours.run.model, config, tokenizer, tokenizer), folder, quantization)
         self.words = list(words)
         self.translator = ctranslate2.Translator(
-            str(folder), device="cpu", inter_threads=1, intra_threads=threads, compute_type=quantization
+            str(folder), device=device.type, inter_threads=1, intra_threads=threads, compute_type=quantization
         )
         self.detail = quantization.replace("float", "fp")
 

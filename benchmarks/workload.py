@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import get_config
-from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, get_ds, make_batches, padding_mask
+from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, Batches, get_ds, padding_mask
 from model import causal_mask
 
 
 class MadeUp:
-    """Pairs of random ids with lengths like those of text, which `make_batches` takes for a dataset."""
+    """Pairs of random ids with lengths like those of text, which `Batches` takes for a dataset."""
 
     def __init__(self, pairs: int, vocabulary: int, mean_length: float, seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -26,6 +27,12 @@ class MadeUp:
         ratio = rng.normal(1, 0.1, pairs)
         self.tgt_lengths = np.clip(self.src_lengths * ratio, 3, 200).astype(np.int32) + 1
         self.vocabulary, self.rng = vocabulary, rng
+
+    def __len__(self) -> int:
+        return len(self.src_lengths)
+
+    def lengths(self, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return self.src_lengths[start:stop], self.tgt_lengths[start:stop]
 
     def __getitem__(self, positions: list[int]) -> dict:
         encoder_input, target = (self.ids(lengths[positions]) for lengths in (self.src_lengths, self.tgt_lengths))
@@ -56,11 +63,35 @@ def training_batches(data: str, vocabulary: int, batch_tokens: int, count: int, 
     if not data:
         config = get_config("opus_books", **config)
         pairs = MadeUp(100_000, vocabulary, mean_length)
-        return [pairs[positions] for positions in make_batches(pairs, config, epoch=0)[:count]]
+        return [pairs[positions] for positions in islice(Batches(pairs, config, epoch=0), count)]
     with tempfile.TemporaryDirectory() as folder:
         config = get_config("opus_books", **config, datasource=data, run_dir=folder)
         train, *_ = get_ds(config)
-        return [train[positions] for positions in make_batches(train, config, epoch=0)[:count]]
+        return [train[positions] for positions in islice(Batches(train, config, epoch=0), count)]
+
+
+def source_batches(
+    data: str, test: str, vocabulary: int, batch_tokens: int, count: int, device: torch.device
+) -> list[Tensor]:
+    """Sentences of `test`, `count` at most, as ids (B, S), longest first, in batches of up to batch_tokens tokens.
+
+    `data` is what the vocabulary is learnt from; both are prefixes of aligned .en and .de, or empty.
+    """
+    if data:
+        config = {"vocab_size": vocabulary, "lang_src": "en", "lang_tgt": "de"}
+        with tempfile.TemporaryDirectory() as folder:
+            config = get_config("opus_books", **config, datasource=data, validation_source=test, run_dir=folder)
+            _, pairs, *_ = get_ds(config)
+    else:
+        pairs = MadeUp(count, vocabulary, 27)
+    lengths, _ = pairs.lengths()
+    order = np.argsort(-lengths, kind="stable")[:count].tolist()
+    batches = []
+    while order:
+        size = max(1, batch_tokens // int(lengths[order[0]]))
+        batches.append(pairs[order[:size]]["encoder_input"].to(device))
+        order = order[size:]
+    return batches
 
 
 def in_turn(ways: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:

@@ -1,12 +1,14 @@
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import corpus
 from config import InputError, get_config
-from corpus import load_pairs, load_split
+from corpus import count_shared, load_pairs, load_split
 from dataset import count_blank
 
 ROWS = [("One.", "Uno."), ("Two, too.", "Due."), ("Three!", "Tre!")]
@@ -151,6 +153,26 @@ def test_the_split_is_seeded_disjoint_and_whole(pairs_file):
     assert validation == list(load_split(config, "validation")["src"])
     other = get_config("toy", datasource=str(pairs_file), validation_source="", seed=7)
     assert validation != list(load_split(other, "validation")["src"])
+
+
+def test_a_large_corpus_is_split_in_runs_of_neighbours(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "MOST_VALIDATION", 300)
+    (tmp_path / "a.tsv").write_text("".join(f"{i}\tn{i}\n" for i in range(5_000)))
+    config = get_config("toy", datasource=str(tmp_path / "a.tsv"), validation_source="")
+    train, validation = ([int(i) for i in load_split(config, split)["src"]] for split in ("train", "validation"))
+    assert len(validation) == 300
+    assert sorted(train + validation) == list(range(5_000))
+    assert all(validation[i : i + 3] == list(range(validation[i], validation[i] + 3)) for i in range(0, 300, 3))
+    assert max(validation) > 4_500
+    assert min(validation) < 500
+
+
+def test_pairs_in_both_parts_are_counted():
+    def pairs(*rows):
+        return datasets.Dataset.from_dict(dict(zip(("src", "tgt"), zip(*rows, strict=True), strict=True)))
+
+    train = pairs(("a", "1"), ("b", "2"), ("a", "1"), ("c", "3"), ("c", "4"))
+    assert count_shared(train, pairs(("a", "1"), ("b", "3"), ("c", "4"), ("d", "1"))) == 2
 
 
 def test_too_few_pairs_to_split(tmp_path):

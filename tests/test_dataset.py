@@ -1,6 +1,7 @@
 import json
 import random
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import dataset as d
 from config import Config, InputError, get_config
 from corpus import load_pairs
-from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, BilingualDataset, get_ds, make_batches, make_loader
+from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, Batches, BilingualDataset, get_ds, make_loader
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -76,26 +77,83 @@ def test_every_pair_is_in_exactly_one_batch_within_the_budget(small, batch_token
     _, data = small
     config = get_config("toy", batch_tokens=batch_tokens, batch_size=7)
     for epoch in (None, 0, 1):
-        batches = make_batches(data, config, epoch)
+        batches = Batches(data, config, epoch)
         assert sorted(i for batch in batches for i in batch) == list(range(len(data)))
         for batch in make_loader(data, batches):
             B, S = batch["encoder_input"].shape
             T = batch["label"].size(1)
             assert B == 1 or B * max(S, T) <= batch_tokens or (batch_tokens == 0 and B <= 7)
-    assert make_batches(data, config, 0) == make_batches(data, config, 0)
-    assert make_batches(data, config, 0) != make_batches(data, config, 1)
+    assert list(Batches(data, config, 0)) == list(Batches(data, config, 0))
+    assert list(Batches(data, config, 0)) != list(Batches(data, config, 1))
+
+
+@pytest.fixture
+def many_pools(monkeypatch):
+    """The corpora of the tests then count as large ones."""
+    monkeypatch.setattr(d, "BLOCK", 8)
+    monkeypatch.setattr(d, "POOL", 64)
+
+
+@pytest.mark.parametrize("batch_tokens", [0, 200])
+def test_a_large_corpus_is_shuffled_a_pool_at_a_time(small, many_pools, batch_tokens):
+    _, data = small
+    config = get_config("toy", batch_tokens=batch_tokens, batch_size=7)
+    batches = Batches(data, config, 0)
+    whole = list(batches)
+    assert len(batches.counts) == -(-len(data) // 64)
+    assert len(whole) == len(batches)
+    assert sorted(i for batch in whole for i in batch) == list(range(len(data)))
+    assert list(Batches(data, config, 0)) == whole != list(Batches(data, config, 1))
+    for first in (0, 1, batches.counts[0] - 1, batches.counts[0], len(whole) - 1, len(whole)):
+        assert list(batches.starting_at(first)) == whole[first:]
+    in_first_pool = {i // 8 for batch in whole[: batches.counts[0]] for i in batch}
+    assert len(in_first_pool) == 8  # whole blocks
+    assert max(in_first_pool) - min(in_first_pool) > 8  # from all over
+
+
+def test_a_tokenizer_sees_pairs_from_all_over_a_large_corpus(monkeypatch):
+    pairs = datasets.Dataset.from_dict({"src": [str(i) for i in range(100)], "tgt": [""] * 100})
+    assert [text for batch in d.sample(pairs, at_once=5) for text in batch["src"]] == [str(i) for i in range(100)]
+    monkeypatch.setattr(d, "TOKENIZER_PAIRS", 40)
+    seen = [int(text) for batch in d.sample(pairs, at_once=5) for text in batch["src"]]
+    assert seen == [
+        *range(5),
+        *range(15, 20),
+        *range(30, 35),
+        *range(45, 50),
+        *range(60, 65),
+        *range(75, 80),
+        *range(90, 95),
+    ]
+
+
+def test_several_processes_encode_the_same(small, monkeypatch):
+    config, _ = small
+    tokenizers = [d.load_tokenizer(d.tokenizer_path(config, lang)) for lang in ("en", "it")]
+    pairs = load_pairs(config.datasource, config)
+    datasets.disable_caching()
+    alone = BilingualDataset(pairs, *tokenizers, 11)
+    monkeypatch.setattr(d, "PAIRS_A_PROCESS", 100)
+    monkeypatch.setattr(d.os, "cpu_count", lambda: 2)
+    together = BilingualDataset(pairs, *tokenizers, 11)
+    datasets.enable_caching()
+    assert len(together.encoded.cache_files) == 2
+    assert together.encoded.data.column("src_ids").to_pylist() == alone.encoded.data.column("src_ids").to_pylist()
+    assert (together.skipped_long, together.fingerprint) == (alone.skipped_long, alone.fingerprint)
+    assert alone.skipped_long > 0
 
 
 def test_like_lengths_share_a_batch(small):
     _, data = small
-    batches = make_batches(data, get_config("toy", batch_tokens=400), 0)
-    padded = sum(len(b) * (data.src_lengths[b].max() + data.tgt_lengths[b].max()) for b in batches)
-    assert (data.src_lengths + data.tgt_lengths).sum() / padded > 0.9
+    batches = Batches(data, get_config("toy", batch_tokens=400), 0)
+    source, target = data.lengths()
+    padded = sum(len(b) * (source[b].max() + target[b].max()) for b in batches)
+    assert (source + target).sum() / padded > 0.9
 
 
 def test_workers_give_the_same_batches_and_leave_the_global_generator_alone(small):
     config, data = small
-    batches = make_batches(data, config, 0)[:4]
+    batches = list(Batches(data, config, 0))[:4]
     state = torch.get_rng_state()
     for a, b in zip(make_loader(data, batches), make_loader(data, batches, num_workers=2), strict=True):
         assert torch.equal(a["label"], b["label"])
@@ -128,8 +186,10 @@ def test_blank_and_overlong_pairs_are_counted_never_cut(tmp_path):
 def test_lengths_are_those_of_the_ids(small):
     _, data = small
     batch = data[[5, 6]]
-    assert np.array_equal((batch["encoder_input"] != PAD).sum(1), data.src_lengths[[5, 6]])
-    assert np.array_equal((batch["label"] != PAD).sum(1) + 1, data.tgt_lengths[[5, 6]])
+    source, target = data.lengths(5, 7)
+    assert np.array_equal((batch["encoder_input"] != PAD).sum(1), source)
+    assert np.array_equal((batch["label"] != PAD).sum(1) + 1, target)
+    assert np.array_equal(data.lengths()[1][5:7], target)
 
 
 def test_bpe_dropout_cuts_words_another_way_and_loses_nothing():
@@ -154,10 +214,10 @@ def test_bpe_dropout_is_a_function_of_seed_epoch_and_position(pairs_file, tmp_pa
     for alone, position in enumerate([3, 1, 2]):
         ids = train[[position]]["encoder_input"][0]
         assert torch.equal(first[alone, : len(ids)], ids)
-    batches = make_batches(train, config, 0)[:4]
+    batches = list(Batches(train, config, 0))[:4]
     for a, b in zip(make_loader(train, batches), make_loader(train, batches, num_workers=2), strict=True):
         assert torch.equal(a["label"], b["label"])
     train.begin_epoch(1)
     assert not torch.equal(first, train[[3, 1, 2]]["encoder_input"])
     assert torch.equal(validation[[0]]["encoder_input"], validation[[0]]["encoder_input"])
-    assert validation[[0]]["encoder_input"].size(1) == validation.src_lengths[0]
+    assert validation[[0]]["encoder_input"].size(1) == validation.lengths(0, 1)[0][0]

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -86,7 +87,10 @@ def test_every_batch_goes_to_one_process_in_equally_many_steps(monkeypatch, coun
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        shares.append(parallel.share_of(batches, accumulation))
+        own, counts = parallel.own_batches(batches, accumulation), list(parallel.own_counts(count, accumulation))
+        taken = [list(islice(own, max(1, size))) for size in counts]
+        assert list(own) == []
+        shares.append([step[:size] for step, size in zip(taken, counts, strict=True)])
     assert len({len(steps) for steps in shares}) == 1
     assert sorted(batch for steps in shares for step in steps for batch in step) == batches
     assert all(len(step) <= accumulation for steps in shares for step in steps)

@@ -24,7 +24,7 @@ class Script:
         self.t += 1
         return torch.nn.functional.one_hot(torch.tensor(following), 20).float()
 
-    def select(self, rows: torch.Tensor, same_sources: bool = False) -> None:
+    def select(self, rows: torch.Tensor, sentences: Tensor | None = None) -> None:
         self.rows = [self.rows[i] for i in rows]
 
 
@@ -48,7 +48,7 @@ class Chain:
         self.t += 1
         return self.log_p[self.t, ids]
 
-    def select(self, rows: Tensor, same_sources: bool = False) -> None:
+    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
         pass
 
 
@@ -103,11 +103,12 @@ class Uncached:
 
     def step(self, ids: Tensor) -> Tensor:
         column = ids.unsqueeze(1)
+        self.source = self.source.repeat_interleave(len(ids) // len(self.source), 0)  # of each hypothesis
         self.target = column if self.target is None else torch.cat([self.target, column], 1)
         mask = causal_mask(self.target.size(1))
         return self.model(self.source, self.target, padding_mask(self.source), mask)[:, -1]
 
-    def select(self, rows: Tensor, same_sources: bool = False) -> None:
+    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
         self.source = self.source[rows]
         self.target = None if self.target is None else self.target[rows]
 
