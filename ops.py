@@ -5,10 +5,29 @@
 What costs clarity for speed is here and nowhere else; the tests hold each fast form to its plain one.
 """
 
+import ctypes
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+# ---------------------------------------------------------------------------- memory
+
+
+def keep_freed_memory() -> None:
+    """Makes the C library keep the memory of large tensors that are freed, up to 1 GiB of it, for the next ones.
+
+    It would hand each back and fetch it anew, page after page. With it a beam of 5 is 1.4 times as fast on a
+    CPU and a training step of the Multi30k model 1.15 times. Where the library is not glibc, nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 1 << 30)
+
 
 # ---------------------------------------------------------------------------- loss over a large vocabulary
 
@@ -85,6 +104,35 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, scale: Tensor):
         dx, dweight, dbias = ctx.saved_tensors
         return scale * dx, scale * dweight, scale * dbias, None, None, None
+
+
+# ---------------------------------------------------------------------------- the likeliest of many tokens
+
+BLOCK = 64  # logits whose maximum is looked at first
+
+
+def plain_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices of the k highest of each row, highest first: (N, V) to (N, k) each."""
+    return logits.topk(k)
+
+
+def fast_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`plain_top` by way of the maxima of blocks: the k highest lie in the k blocks with the highest maxima.
+
+    On a CPU, where topk and argmax look at one number at a time and amax at sixteen, it takes 0.4 ms where
+    topk takes 2.3 (200 rows of 10,000, k = 1), and 1.5 for 2.7 (k = 10). Which of several equal ones comes
+    is left open.
+    """
+    blocks = logits.size(1) // BLOCK
+    if logits.device.type != "cpu" or blocks < 4 * k:
+        return plain_top(logits, k)
+    body, rest = logits[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)), logits[:, blocks * BLOCK :]
+    _, chosen = body.amax(-1).topk(k)  # (N, k), of the blocks
+    candidates = body.gather(1, chosen.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1)  # (N, k BLOCK)
+    indices = (chosen.unsqueeze(-1) * BLOCK + torch.arange(BLOCK)).flatten(1)
+    indices = torch.cat([indices, torch.arange(blocks * BLOCK, logits.size(1)).expand(len(logits), -1)], 1)
+    values, places = torch.cat([candidates, rest], 1).topk(k)
+    return values, indices.gather(1, places)
 
 
 # ---------------------------------------------------------------------------- dropout

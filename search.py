@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dataset import EOS, SOS
+from ops import fast_top
 
 DROP_EVERY = 4  # steps between looks at which sentences are finished; each look makes a GPU wait
 
@@ -36,7 +37,7 @@ def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
     ids = torch.full_like(alive, SOS)
     finished = torch.zeros_like(alive, dtype=torch.bool)
     for t in range(longest):
-        ids = decoder.step(ids).argmax(dim=-1)
+        ids = fast_top(decoder.step(ids), 1)[1].squeeze(1)
         written[alive, t] = ids
         finished |= (ids == EOS) | (max_lengths[alive] <= t + 1)
         if (t + 1) % DROP_EVERY == 0:
@@ -84,8 +85,9 @@ def beam_search(
     finished = Finished(torch.full_like(total, -math.inf), total.clone(), written.clone())
     settled = torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(longest):
-        log_p, following = likeliest_tokens(decoder.step(ids.flatten()), 2 * K)  # (N K, 2 K), or V if that is less
-        # Each hypothesis can end in one way only, so of the 2 K likeliest of a sentence at least K go on.
+        log_p = decoder.step(ids.flatten()).float().log_softmax(-1)  # (N K, V)
+        log_p, following = fast_top(log_p, min(2 * K, log_p.size(-1)))  # (N K, 2 K), of which a sentence takes
+        # the 2 K likeliest: each hypothesis can end in one way only, so at least K go on.
         likeliest, index = (total.unsqueeze(-1) + log_p.unflatten(0, (-1, K))).flatten(1).topk(2 * K)  # (N, 2 K)
         origin, ids = index // log_p.size(-1), following.view(len(alive), -1).gather(1, index)
         written = pick(written, origin)
@@ -117,15 +119,6 @@ def beam_search(
                 )
         decoder.select(rows.flatten(), left)
     return found
-
-
-def likeliest_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and ids of the likeliest tokens, each (N, count or V), of logits (N, V).
-
-    The softmax's denominator is subtracted from those alone: a pass over the vocabulary less.
-    """
-    best, ids = logits.float().topk(min(count, logits.size(-1)))
-    return best - logits.float().logsumexp(-1, keepdim=True), ids
 
 
 def cannot_improve(nth_best: Tensor, bound: Tensor) -> Tensor:

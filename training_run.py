@@ -38,6 +38,7 @@ from corpus import count_shared, load_split
 from dataset import Batches, BilingualDataset, get_ds, tokenizer_path
 from loss import Learner, target_tokens
 from model import Transformer
+from ops import keep_freed_memory
 from translate import WEIGHTS_FILE, Translator, check_tokenizers, get_device, get_model
 
 
@@ -139,6 +140,7 @@ def choose_precision(config: Config, device: torch.device, model: nn.Module) -> 
 
 def start(config: Config) -> Run:
     """Everything up to the first step: checkpoint found, data prepared, model built or restored."""
+    keep_freed_memory()
     device = parallel.own_device(get_device(config.device))
     first = parallel.is_first()
     state, path, in_the_way = choose_checkpoint(config)

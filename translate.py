@@ -27,6 +27,7 @@ from config import WEIGHTS_FOLDER, Config, InputError, load_config, newest_run, 
 from corpus import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask, tokenizer_path
 from model import Transformer, build_transformer
+from ops import keep_freed_memory
 from search import Hypothesis, beam_search, greedy_decode
 
 WEIGHTS_FILE = "model.safetensors"  # what export.py writes for the Hub
@@ -93,6 +94,7 @@ class Translator:
         `weights` is best (on the validation set, as `best_by` says), latest, or an epoch's number;
         with `average` those of that many epochs are averaged, the best or the latest ones.
         """
+        keep_freed_memory()
         config = load_config(local_folder(run_dir) if run_dir else newest_run())
         path = config.folder / WEIGHTS_FILE
         exported = path.is_file()

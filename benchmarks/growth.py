@@ -41,7 +41,7 @@ def speeds(device: torch.device, rounds: int) -> pd.DataFrame:
         ours[case[0]].prepare_to_write()
         source = batches[case]["encoder_input"].to(device)
         with torch.inference_mode():
-            ours[case[0]].write(source, source.size(1), beam=1)
+            ours[case[0]].write(source, torch.full((len(source),), source.size(1), device=device), beam=1)
 
     work = {(case, "training"): lambda case=case: ours[case[0]].step(batches[case]) for case in batches}
     work |= {(case, "greedy translation"): lambda case=case: write(case) for case in batches}

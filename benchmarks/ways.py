@@ -4,7 +4,8 @@
 
 Each way is given the same batches (as `dataset.BilingualDataset` makes them), the same sizes, the same
 dropout of 0.1 everywhere, label smoothing of 0.1 and one joint vocabulary whose matrix all embeddings
-share. No way may end a translation: [EOS] is made impossible, so all write the same number of tokens.
+share. When they translate, the weights are random, but each translation ends where it is told to, as if it
+were as long as its reference: [EOS] is made impossible before and certain then.
 """
 
 import math
@@ -15,15 +16,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import Config
 from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, padding_mask
-from export import to_ctranslate2
 from loss import Learner
 from model import MultiHeadAttentionBlock, Transformer, build_transformer, causal_mask
+from ops import keep_freed_memory
 from search import beam_search, greedy_decode
 from train import train_step
 from training_run import Progress, Run, choose_precision, make_optimizer
@@ -66,6 +66,7 @@ class Ours:
     name = "this project"
 
     def __init__(self, size: Size, vocabulary: int, device: torch.device, precision: str = "auto"):
+        keep_freed_memory()  # as train.py and translate.py do; the other ways share the process, so have it too
         config = Config(
             d_model=size.d_model,
             encoder_layers=size.layers,
@@ -104,10 +105,9 @@ class Ours:
         self.run.model.eval()
         forbid_end(self.run.model)
 
-    def write(self, source: Tensor, steps: int, beam: int) -> None:
-        decoder = CachedDecoder(self.run.model, source, steps)
-        limits = torch.full((len(source),), steps, device=source.device)
-        greedy_decode(decoder, limits) if beam == 1 else beam_search(decoder, limits, beam)
+    def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
+        decoder = CachedDecoder(self.run.model, source, int(steps.max()))
+        greedy_decode(decoder, steps) if beam == 1 else beam_search(decoder, steps, beam)
 
 
 def forbid_end(model: Transformer) -> None:
@@ -152,13 +152,13 @@ class Tutorial:
         self.model.eval()
         forbid_end(self.model)
 
-    def write(self, source: Tensor, steps: int, beam: int) -> None:
+    def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
         """Of one sentence (1, S): the whole decoder again for every token."""
         source = F.pad(source, (0, TUTORIAL_LENGTH - source.size(1)), value=PAD)
         mask = padding_mask(source)
         encoder_output = self.model.encode(source, mask)
         written = torch.full((1, 1), SOS, device=source.device)
-        for _ in range(steps):
+        for _ in range(int(steps)):
             x = self.model.decode(encoder_output, mask, written, causal_mask(written.size(1), source.device))
             _, best = torch.max(self.model.project(x[:, -1]), dim=1)
             written = torch.cat([written, torch.full((1, 1), best.item(), device=source.device)], dim=1)
@@ -280,17 +280,26 @@ class Marian:
         self.model.eval()
         self.model.final_logits_bias[:, EOS] = NEVER
 
-    def write(self, source: Tensor, steps: int, beam: int) -> None:
+    def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
+        limits = steps.repeat_interleave(beam)
+
+        def end_at_limit(written: Tensor, logits: Tensor) -> Tensor:
+            ends = limits <= written.size(1)
+            if ends.any():
+                logits[ends] = NEVER
+                logits[ends, EOS] = 0
+            return logits
+
         written = self.model.generate(
             input_ids=source,
             attention_mask=(source != PAD).long(),
-            max_new_tokens=steps,
+            max_new_tokens=int(steps.max()),
             num_beams=beam,
             do_sample=False,
-            early_stopping=beam > 1,
-            length_penalty=0.6,
+            logits_processor=[end_at_limit],
+            **({"early_stopping": True, "length_penalty": 0.6} if beam > 1 else {}),
         )
-        assert written.size(1) == steps + 1, written.shape
+        assert written.size(1) == steps.max() + 1, written.shape
 
 
 class JoeyNMT:
@@ -346,48 +355,13 @@ class JoeyNMT:
     def prepare_to_write(self) -> None:
         self.model.eval()
 
-    def write(self, source: Tensor, steps: int, beam: int) -> None:
+    def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
+        """All to the longest: its search goes on with every sentence until the last has ended."""
         from joeynmt.search import search
 
-        batch = self.batch_of(source, None)
-        written, _, _ = search(self.model, batch, steps, beam, 0.6, min_output_length=steps + 1)
-        assert written.shape == (len(source), steps), written.shape
-
-
-class CTranslate2:
-    """This project's model through `export.py`: translation alone."""
-
-    name = "CTranslate2"
-
-    def __init__(self, ours: Ours, folder: Path, threads: int, device: torch.device, quantization: str = "float32"):
-        import ctranslate2
-
-        vocabulary = ours.run.model.projection_layer.proj.out_features
-        words = {word: i for i, word in enumerate([*SPECIAL_TOKENS, *dummy_words(vocabulary)])}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-        for lang in ("en", "it"):
-            folder.mkdir(parents=True, exist_ok=True)
-            tokenizer.save(str(folder / f"tokenizer_{lang}.json"))
-        config = ours.run.config.__class__(**{**vars(ours.run.config), "run_dir": str(folder)})
-        to_ctranslate2(Translator(ours.run.model, config, tokenizer, tokenizer), folder, quantization)
-        self.words = list(words)
-        self.translator = ctranslate2.Translator(
-            str(folder), device=device.type, inter_threads=1, intra_threads=threads, compute_type=quantization
-        )
-        self.detail = quantization.replace("float", "fp")
-
-    def prepare_to_write(self) -> None:
-        pass
-
-    def write(self, source: Tensor, steps: int, beam: int) -> None:
-        ids = [[i for i in row if i not in (SOS, EOS, PAD)] for row in source.tolist()]
-        self.translator.translate_batch(
-            [[self.words[i] for i in row] for row in ids],
-            beam_size=beam,
-            length_penalty=0.6,
-            min_decoding_length=steps,
-            max_decoding_length=steps,
-        )
+        batch, longest = self.batch_of(source, None), int(steps.max())
+        written, _, _ = search(self.model, batch, longest, beam, 0.6, min_output_length=longest + 1)
+        assert written.shape == (len(source), longest), written.shape
 
 
 def dummy_words(vocabulary: int) -> list[str]:

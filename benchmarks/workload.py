@@ -70,12 +70,13 @@ def training_batches(data: str, vocabulary: int, batch_tokens: int, count: int, 
         return [train[positions] for positions in islice(Batches(train, config, epoch=0), count)]
 
 
-def source_batches(
+def sentences_to_write(
     data: str, test: str, vocabulary: int, batch_tokens: int, count: int, device: torch.device
-) -> list[Tensor]:
-    """Sentences of `test`, `count` at most, as ids (B, S), longest first, in batches of up to batch_tokens tokens.
+) -> list[tuple[Tensor, Tensor]]:
+    """`count` sentences, longest first, in batches: source ids (B, S) and tokens that the translation shall have (B,).
 
-    `data` is what the vocabulary is learnt from; both are prefixes of aligned .en and .de, or empty.
+    These are the sources and the lengths of the references of `test`; `data` is what the vocabulary is
+    learnt from. Both are prefixes of aligned .en and .de, or empty, and then all is made up.
     """
     if data:
         config = {"vocab_size": vocabulary, "lang_src": "en", "lang_tgt": "de"}
@@ -84,13 +85,14 @@ def source_batches(
             _, pairs, *_ = get_ds(config)
     else:
         pairs = MadeUp(count, vocabulary, 27)
-    lengths, _ = pairs.lengths()
+    lengths, tgt_lengths = pairs.lengths()
     order = np.argsort(-lengths, kind="stable")[:count].tolist()
     batches = []
     while order:
         size = max(1, batch_tokens // int(lengths[order[0]]))
-        batches.append(pairs[order[:size]]["encoder_input"].to(device))
-        order = order[size:]
+        chosen, order = order[:size], order[size:]
+        steps = torch.from_numpy(tgt_lengths[chosen] - 1).long()
+        batches.append((pairs[chosen]["encoder_input"].to(device), steps.to(device)))
     return batches
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import ops
-from ops import Dropout, byte_mask, fused_loss, plain_loss
+from ops import Dropout, byte_mask, fast_top, fused_loss, plain_loss, plain_top
 
 
 def test_the_plain_loss_is_smoothed_cross_entropy_summed_over_tokens():
@@ -66,6 +66,20 @@ def test_the_fused_loss_holds_where_softmax_underflows():
     projection.bias = nn.Parameter(torch.zeros(3))
     x, label = torch.ones(1, 1, requires_grad=True), torch.tensor([2])
     assert fused_loss(x, projection, label, 0.0).item() == plain_loss(x, projection, label, 0.0).item() == 1000
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("V", [7, 64, 640, 2560, 2561, 5000])
+def test_the_likeliest_are_found_by_blocks(k, V):
+    k = min(k, V)
+    logits = torch.randn(9, V, generator=torch.Generator().manual_seed(0))
+    logits[0] = torch.linspace(-1, 1, V)  # all in the last block and what is left over
+    logits[1] = -logits[0]
+    logits[2, 5:] = -torch.inf
+    values, indices = fast_top(logits, k)
+    assert torch.equal(values, plain_top(logits, k)[0])
+    assert torch.equal(logits.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share():
