@@ -121,8 +121,9 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=1e-9, fused=device.type != "mps")
 
 
-BF16_FROM = 2_000_000  # parameters, on a CPU: the toy model (0.9 million) takes 1.07 times as long in bf16,
-#                        Multi30k's (2.6 million) 0.7 times, the base model (49 million) half (benchmarks/README.md)
+# Parameters, on a CPU: the base model (49 million) takes half the time in bf16, Multi30k's (2.6 million) 0.64 times,
+# the toy's (0.9 million) 0.75 times; but that one should be the same on every machine (benchmarks/README.md).
+BF16_FROM = 2_000_000
 
 
 def choose_precision(config: Config, device: torch.device, model: nn.Module) -> str:

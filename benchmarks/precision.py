@@ -43,12 +43,22 @@ def picture(table: pd.DataFrame) -> alt.Chart:
     shared = alt.Chart(table).encode(
         x=alt.X("step:Q", title="optimizer steps"),
         y=alt.Y("loss:Q", title="nats a target token", scale=alt.Scale(zero=False)),
-        color=alt.Color("precision:N", title=None),
+        color=alt.Color("precision:N", title=None, scale=alt.Scale(domain=PRECISIONS, range=["#f5b041", "#1b4f72"])),
     )
-    train = shared.transform_filter(alt.datum.part == "train").mark_line(strokeWidth=1.5)
-    validation = shared.transform_filter(alt.datum.part == "validation").mark_point(filled=True, size=60)
-    return (train + validation).properties(
-        width=520, height=300, title="Training loss (lines, with label smoothing) and validation loss (points, without)"
+    wide = alt.Scale(domain=PRECISIONS, range=[6, 1.2])  # one lies upon the other
+    train = shared.transform_filter(alt.datum.part == "train").mark_line()
+    train = train.encode(strokeWidth=alt.StrokeWidth("precision:N", scale=wide, legend=None))
+    validation = shared.transform_filter(alt.datum.part == "validation").mark_point(filled=True)
+    large = alt.Scale(domain=PRECISIONS, range=[160, 30])
+    validation = validation.encode(size=alt.Size("precision:N", scale=large, legend=None))
+    return (
+        alt.layer(train, validation)
+        .resolve_scale(size="independent")
+        .properties(
+            width=520,
+            height=300,
+            title="Training loss (lines, with label smoothing) and validation loss (points, without)",
+        )
     )
 
 
