@@ -142,7 +142,7 @@ class MultiHeadAttentionBlock(nn.Module):
         """Context (B, H, Q, d_k), by the fused kernel unless somebody wants the scores."""
         self.attention_scores = None
         p = self.dropout.p if self.training else 0.0
-        # On a CPU the kernel draws dropout on one thread, and in bf16 it takes twice the time of what is below.
+        # On a CPU the kernel draws dropout on one thread, and in bf16 it takes several times what is below.
         slow_kernel = query.device.type == "cpu" and (p > 0 or query.dtype == torch.bfloat16)
         if not (self.record or self.intervene or slow_kernel):
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)

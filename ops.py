@@ -6,6 +6,7 @@ What costs clarity for speed is here and nowhere else; the tests hold each fast 
 """
 
 import ctypes
+import math
 import sys
 
 import torch
@@ -27,6 +28,18 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
         mallopt(trim_threshold, 1 << 30)
         mallopt(mmap_threshold, 1 << 30)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes that tensors took on a GPU, or this process of the machine's memory, at most; nan where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # ---------------------------------------------------------------------------- loss over a large vocabulary

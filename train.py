@@ -31,6 +31,7 @@ from dataset import PAD, Batches, make_loader
 from evaluate import format_scores, score
 from loss import cross_entropy
 from mirror import check_mounted, fetch, push
+from ops import peak_memory
 from training_run import Run, check_writable, prune, save_here, start
 
 LOG_EVERY = 10  # optimizer steps between two lines of the log
@@ -317,7 +318,9 @@ def train_to_the_end(run: Run) -> None:
     close_writer(run)
     if no_more_patience(config):
         say(f"stopped early: validation has brought nothing better for {config.patience} epochs (--patience)")
-    say(f"trained in {time.perf_counter() - begun:.0f} s")
+    say(
+        f"trained in {time.perf_counter() - begun:.0f} s, with at most {peak_memory(run.device) / 1e9:.1f} GB of memory"
+    )
 
 
 def validate(run: Run, unless_done: bool = False) -> None:
