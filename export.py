@@ -65,7 +65,8 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().float().cpu().numpy()
+    """A copy: the specification quantizes in place, and the model goes on being used."""
+    return tensor.detach().float().cpu().numpy().copy()
 
 
 def tokens_of(tokenizer: Tokenizer) -> list[str]:

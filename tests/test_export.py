@@ -6,7 +6,7 @@ import translate as tr
 from config import InputError, get_config
 from corpus import load_split
 from dataset import load_tokenizer
-from export import command, to_safetensors
+from export import command, to_ctranslate2, to_safetensors
 from train import train_model
 from translate import Translator
 
@@ -41,6 +41,13 @@ def test_int8_is_smaller_and_close(trained_run, translator, tmp_path):
     sentences = list(load_split(translator.config, "test")["src"])[:60]
     pairs = zip(through_ctranslate2(tmp_path / "int8", sentences, 1), translator.translate(sentences), strict=True)
     assert sum(a == b for a, b in pairs) > 50
+
+
+@pytest.mark.parametrize("quantization", ["float32", "int8"])
+def test_exporting_leaves_the_model_as_it_was(translator, tmp_path, quantization):
+    before = {name: w.clone() for name, w in translator.model.state_dict().items()}
+    to_ctranslate2(translator, tmp_path / quantization, quantization)
+    assert all(torch.equal(w, before[name]) for name, w in translator.model.state_dict().items())
 
 
 def test_safetensors_load_in_one_call_from_a_folder_or_by_a_name_of_the_hub(
