@@ -26,6 +26,7 @@ from corpus import DATA_VERSION, load_split
 from model import causal_mask
 
 PAIRS_A_PROCESS = 100_000  # fewer are encoded sooner than another process has started
+MOST_PROCESSES = 8  # that encode: each holds some hundred megabytes
 TOKENIZER_PAIRS = 1_000_000  # that a tokenizer is trained on; more change little but the time
 
 SPECIAL_TOKENS = ["[UNK]", "[PAD]", "[SOS]", "[EOS]"]
@@ -58,8 +59,9 @@ def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -
 
 def sample(pairs: datasets.Dataset, at_once: int = 1_000) -> Iterator[dict]:
     """Batches of pairs from all over the corpus, all of them up to TOKENIZER_PAIRS."""
-    every = -(-len(pairs) // TOKENIZER_PAIRS)
-    for start in range(0, len(pairs), at_once * every):
+    batches = -(-min(len(pairs), TOKENIZER_PAIRS) // at_once)
+    for i in range(batches):
+        start = max(i * at_once, i * len(pairs) // batches)
         yield pairs[start : start + at_once]
 
 
@@ -167,7 +169,7 @@ class BilingualDataset(torch.utils.data.Dataset):
         self.seq_len, self.seed, self.epoch = seq_len, seed, 0
         self.cutters = [BPEDropout(t, bpe_dropout) for t in (tokenizer_src, tokenizer_tgt)] if bpe_dropout else None
         self.skipped_blank = count_blank(pairs)
-        processes = min(os.cpu_count() or 1, len(pairs) // PAIRS_A_PROCESS)
+        processes = min(cores(), MOST_PROCESSES, len(pairs) // PAIRS_A_PROCESS)
         self.encoded = pairs.map(
             encode_pairs,
             batched=True,
@@ -201,8 +203,8 @@ class BilingualDataset(torch.utils.data.Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Notices a corpus that has changed under a run: the lengths of all its sentences, in order."""
-        digest = hashlib.sha256()
+        """Of the lengths of all sentences: tells a corpus that has changed, or code that orders it otherwise."""
+        digest = hashlib.sha256(b"%d" % ORDER_VERSION)
         for side in (0, 1):
             for start in range(0, len(self), POOL):
                 digest.update(self.lengths(start, min(start + POOL, len(self)))[side].astype(np.int32).tobytes())
@@ -241,8 +243,15 @@ class BilingualDataset(torch.utils.data.Dataset):
         return sides
 
 
+def cores() -> int:
+    """Processors that this process may use, which on a shared machine are not all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def encode_pairs(batch: dict, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer, seq_len: int, version: int) -> dict:
     """Texts to ids with [SOS] and [EOS]; blank and over-long pairs drop out."""
+    for tokenizer in (tokenizer_src, tokenizer_tgt):
+        plain_text(tokenizer)  # which it forgets on its way to another process
     src_ids = [[SOS, *e.ids, EOS] for e in tokenizer_src.encode_batch_fast(batch["src"])]
     tgt_ids = [[SOS, *e.ids, EOS] for e in tokenizer_tgt.encode_batch_fast(batch["tgt"])]
     columns = {"src": batch["src"], "tgt": batch["tgt"], "src_ids": src_ids, "tgt_ids": tgt_ids}
@@ -274,7 +283,9 @@ def padding_mask(ids: torch.Tensor) -> torch.Tensor:
     return (ids != PAD)[:, None, None, :]  # (B, S) -> (B, 1, 1, S)
 
 
+ORDER_VERSION = 2  # raise it when Batches orders a corpus otherwise: runs cannot go on in mid-epoch then
 POOL = 1 << 17  # pairs that are sorted by length together
+OF_BLOCKS, OF_TIES, OF_BATCHES = 1, 2, 3  # what a generator is for, so that no two draw the same
 BLOCK = 1 << 10  # neighbours in the corpus that share a pool, so that it is read in a few pieces
 
 
@@ -292,8 +303,8 @@ class Batches:
         self.dataset, self.config, self.epoch = dataset, config, epoch
         blocks = np.arange(-(-len(dataset) // BLOCK))
         if epoch is not None:
-            np.random.default_rng((config.seed, epoch)).shuffle(blocks)
-        self.pools = np.split(blocks, range(POOL // BLOCK, len(blocks), POOL // BLOCK))
+            self.rng(OF_BLOCKS).shuffle(blocks)
+        self.pools = np.array_split(blocks, -(-len(blocks) * BLOCK // POOL))
         self.counts = [sum(1 for _ in self.cut(pool)) for pool in range(len(self.pools))]
 
     def __len__(self) -> int:
@@ -308,19 +319,19 @@ class Batches:
             if first < count:
                 batches = [order.tolist() for order in self.cut(pool)]
                 if self.epoch is not None:
-                    self.rng(pool, "batches").shuffle(batches)
+                    self.rng(OF_BATCHES, pool).shuffle(batches)
                 yield from batches[first:]
             first = max(0, first - count)
 
-    def rng(self, pool: int, purpose: str) -> np.random.Generator:
-        return np.random.default_rng((self.config.seed, self.epoch or 0, pool, purpose == "batches"))
+    def rng(self, purpose: int, pool: int = 0) -> np.random.Generator:
+        return np.random.default_rng((self.config.seed, self.epoch or 0, pool, purpose))
 
     def cut(self, pool: int) -> Iterator[np.ndarray]:
         """The pool's batches before they are shuffled."""
         starts = self.pools[pool] * BLOCK
         ranges = [(start, min(start + BLOCK, len(self.dataset))) for start in starts.tolist()]
         positions = np.concatenate([np.arange(*ends) for ends in ranges])
-        ties = self.rng(pool, "order").permutation(len(positions))
+        ties = self.rng(OF_TIES, pool).permutation(len(positions))
         if self.config.batch_tokens == 0:
             order = positions if self.epoch is None else positions[ties]
             yield from (order[i : i + self.config.batch_size] for i in range(0, len(order), self.config.batch_size))

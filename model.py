@@ -316,8 +316,8 @@ class Transformer(nn.Module):
         """Target ids (B, T), mask (B or 1, 1, T, T): (B, T, D).
 
         With `caches` (from `new_caches`), `tgt` holds the new tokens alone and `tgt_mask` is None
-        where it is a single one, which may attend to all before it. Then it may also hold K hypotheses of
-        each sentence, side by side (B K, 1).
+        where it is a single one, which may attend to all before it. Then it may also hold W hypotheses of
+        each sentence, side by side (B W, 1).
         """
         start = caches[0][0].length if caches else 0
         x = self.tgt_pos(self.tgt_embed(tgt), start)

@@ -86,8 +86,8 @@ def beam_search(
     settled = torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(longest):
         log_p = decoder.step(ids.flatten()).float().log_softmax(-1)  # (N K, V)
-        log_p, following = fast_top(log_p, min(2 * K, log_p.size(-1)))  # (N K, 2 K), of which a sentence takes
-        # the 2 K likeliest: each hypothesis can end in one way only, so at least K go on.
+        log_p, following = fast_top(log_p, min(2 * K, log_p.size(-1)))  # (N K, 2 K), or V if that is less
+        # Each hypothesis can end in one way only, so of the 2 K likeliest of a sentence at least K go on.
         likeliest, index = (total.unsqueeze(-1) + log_p.unflatten(0, (-1, K))).flatten(1).topk(2 * K)  # (N, 2 K)
         origin, ids = index // log_p.size(-1), following.view(len(alive), -1).gather(1, index)
         written = pick(written, origin)

@@ -182,7 +182,7 @@ def train_epoch(run: Run) -> None:
             if config.save_every_steps and progress.step % config.save_every_steps == 0:
                 save_here(run)
                 copy_out(run)
-    if progress.batch == len(batches):
+    if progress.batch >= len(batches):
         progress.epoch, progress.batch = progress.epoch + 1, 0
 
 

@@ -107,7 +107,7 @@ def test_a_large_corpus_is_shuffled_a_pool_at_a_time(small, many_pools, batch_to
     for first in (0, 1, batches.counts[0] - 1, batches.counts[0], len(whole) - 1, len(whole)):
         assert list(batches.starting_at(first)) == whole[first:]
     in_first_pool = {i // 8 for batch in whole[: batches.counts[0]] for i in batch}
-    assert len(in_first_pool) == 8  # whole blocks
+    assert 7 <= len(in_first_pool) <= 8  # whole blocks, in pools of like size
     assert max(in_first_pool) - min(in_first_pool) > 8  # from all over
 
 
@@ -116,25 +116,18 @@ def test_a_tokenizer_sees_pairs_from_all_over_a_large_corpus(monkeypatch):
     assert [text for batch in d.sample(pairs, at_once=5) for text in batch["src"]] == [str(i) for i in range(100)]
     monkeypatch.setattr(d, "TOKENIZER_PAIRS", 40)
     seen = [int(text) for batch in d.sample(pairs, at_once=5) for text in batch["src"]]
-    assert seen == [
-        *range(5),
-        *range(15, 20),
-        *range(30, 35),
-        *range(45, 50),
-        *range(60, 65),
-        *range(75, 80),
-        *range(90, 95),
-    ]
+    assert seen == [first + i for first in (0, 12, 25, 37, 50, 62, 75, 87) for i in range(5)]
 
 
 def test_several_processes_encode_the_same(small, monkeypatch):
     config, _ = small
     tokenizers = [d.load_tokenizer(d.tokenizer_path(config, lang)) for lang in ("en", "it")]
     pairs = load_pairs(config.datasource, config)
+    pairs = datasets.concatenate_datasets([pairs, datasets.Dataset.from_dict({"src": ["[PAD]"], "tgt": ["[EOS]"]})])
     datasets.disable_caching()
     alone = BilingualDataset(pairs, *tokenizers, 11)
     monkeypatch.setattr(d, "PAIRS_A_PROCESS", 100)
-    monkeypatch.setattr(d.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(d, "cores", lambda: 2)
     together = BilingualDataset(pairs, *tokenizers, 11)
     datasets.enable_caching()
     assert len(together.encoded.cache_files) == 2
