@@ -122,7 +122,7 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
 
 
 # Parameters, on a CPU: the base model (49 million) takes half the time in bf16, Multi30k's (2.6 million) 0.64 times,
-# the toy's (0.9 million) 0.75 times; but that one should be the same on every machine (benchmarks/README.md).
+# the toy's (0.9 million) 0.75 times; but that one should be the same on every CPU (benchmarks/README.md).
 BF16_FROM = 2_000_000
 
 
