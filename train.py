@@ -318,9 +318,9 @@ def train_to_the_end(run: Run) -> None:
     close_writer(run)
     if no_more_patience(config):
         say(f"stopped early: validation has brought nothing better for {config.patience} epochs (--patience)")
-    say(
-        f"trained in {time.perf_counter() - begun:.0f} s, with at most {peak_memory(run.device) / 1e9:.1f} GB of memory"
-    )
+    memory = peak_memory(run.device)
+    peak = f"; this process took {memory / 1e9:.1f} GB of memory at most" if memory else ""
+    say(f"trained in {time.perf_counter() - begun:.0f} s{peak}")
 
 
 def validate(run: Run, unless_done: bool = False) -> None:
