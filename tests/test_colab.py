@@ -58,7 +58,7 @@ def test_a_new_machine_goes_on_from_the_drive(machine, tmp_path):
     assert "going on" not in first
     second, notebook = machine("second", **form, NUM_EPOCHS=2)
     assert "brought back from" in second
-    assert "at the start of epoch 1, step 219" in second
+    assert "at the start of epoch 1, step 215" in second
     assert (run / "tmodel_01.pt").is_file()
     assert "BLEU" in second
     assert "vega-lite" in notebook.cells[-1].outputs[0].data["text/html"]  # what Colab shows

@@ -32,7 +32,7 @@ def run(config: Config, processes: int, **environment: str) -> subprocess.Comple
 @pytest.fixture
 def config(tiny_config) -> Config:
     """Seven batches an epoch, so that two processes have one over at its end."""
-    return replace(tiny_config, dropout=0.0, num_epochs=3, batch_tokens=640, lr_schedule="constant", save_every_steps=2)
+    return replace(tiny_config, dropout=0.0, num_epochs=3, batch_tokens=560, lr_schedule="constant", save_every_steps=2)
 
 
 def difference(a: Config, b: Config) -> float:
