@@ -240,9 +240,8 @@ class DecoderBlock(nn.Module):
         own, cross = caches
 
         def ask_source(x: Tensor) -> Tensor:
-            side_by_side = x.view(
-                len(encoder_output), -1, x.size(-1)
-            )  # hypotheses of a sentence: (B K, 1, D) -> (B, K, D)
+            # The W hypotheses of a beam search ask their sentence's source together: (B W, 1, D) -> (B, W, D).
+            side_by_side = x.view(len(encoder_output), -1, x.size(-1))
             return self.cross_attention_block(side_by_side, encoder_output, encoder_output, src_mask, cross).view_as(x)
 
         x = self.residual_connections[0](x, lambda x: self.self_attention_block(x, x, x, tgt_mask, own))

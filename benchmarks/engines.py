@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from workload import machine, table
 
 from corpus import load_split
+from dataset import EOS
 from evaluate import score
+from experiments import step_logits
 from export import to_ctranslate2
 from translate import Translator
 
@@ -67,11 +69,9 @@ def ours(translator: Translator, sentences: list[str], beam: int) -> list[list[s
 
 def log_probability(translator: Translator, sentence: str, tokens: list[str]) -> float:
     """Of a translation, by this project's model, in nats."""
-    from experiments import step_logits
-
     ids = [translator.tokenizer_tgt.token_to_id(token) for token in tokens]
     log_p = step_logits(translator, sentence, ids).log_softmax(-1)
-    return log_p[torch.arange(len(ids) + 1), torch.tensor([*ids, 3])].sum().item()
+    return log_p[torch.arange(len(ids) + 1), torch.tensor([*ids, EOS])].sum().item()
 
 
 def main() -> None:
