@@ -56,6 +56,7 @@ def command(
     average: int = 1,
     bleu_tokenizer: Literal["13a", "none", "intl", "char", "zh"] = "13a",
     device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Translates a split, or a file, with a trained run and scores it; sentences too long for the run count as blank.
@@ -71,12 +72,13 @@ def command(
         average: average the weights of so many epochs, the best or the latest
         bleu_tokenizer: sacreBLEU's; none for text that is tokenized already
         device: auto, cuda, mps or cpu
+        precision: of the products with weights: fp32, bf16, or auto, the faster one for device and model
         as_json: print one JSON object
     """
     if bool(source) != bool(reference):
         raise InputError("--source and --reference go together; give both, or neither for the run's own split")
     check_search(beam_size, length_penalty)
-    translator = Translator.load(run_dir, device, weights, average)
+    translator = Translator.load(run_dir, device, weights, average, precision)
     if source:
         check_aligned([Path(source), Path(reference)])
         sources, references = list(lines_of(source)), list(lines_of(reference))
@@ -97,13 +99,15 @@ def command(
         "average": average,
         "beam_size": beam_size,
         "length_penalty": length_penalty,
+        "precision": translator.precision,
         "seconds": round(seconds, 3),
     }
     bleu_signature, chrf_signature = signature(bleu_tokenizer), signature(metric="chrf")
     if as_json:
         print(json.dumps({**about, **scores, "signature": bleu_signature, "chrf_signature": chrf_signature}))
     else:
-        print("{run}, {weights}, {of}, {sentences:,} sentences, beam {beam_size}, {seconds:.1f} s".format(**about))
+        line = "{run}, {weights}, {of}, {sentences:,} sentences, beam {beam_size}, {precision}, {seconds:.1f} s"
+        print(line.format(**about))
         print(format_scores(scores))
         print(f"BLEU signature {bleu_signature}")
         print(f"chrF signature {chrf_signature}")

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ops import Dropout
 
+FEW_QUERIES = 8  # a step of a translation asks with one, or with those of a beam
+
 
 def causal_mask(size: int, device: torch.device | str | None = None) -> Tensor:
     """(1, T, T), True on and below the diagonal: a position sees itself and what came before."""
@@ -76,7 +78,8 @@ class KVCache:
         """The keys and values so far, with those that `project` computes: each (B, H, K, d_k)."""
         if not self.grows:
             if self.key is None:
-                self.key, self.value = project()
+                # Asked again at every step, so laid out once as the products read them.
+                self.key, self.value = (x.contiguous() for x in project())
             return self.key, self.value
         key, value = project()
         key, value = key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)  # (B, H, T, d_k) -> (T, B, H, d_k)
@@ -142,8 +145,10 @@ class MultiHeadAttentionBlock(nn.Module):
         """Context (B, H, Q, d_k), by the fused kernel unless somebody wants the scores."""
         self.attention_scores = None
         p = self.dropout.p if self.training else 0.0
-        # On a CPU the kernel draws dropout on one thread, and in bf16 it takes several times what is below.
-        slow_kernel = query.device.type == "cpu" and (p > 0 or query.dtype == torch.bfloat16)
+        # On a CPU the kernel draws dropout on one thread, in bf16 it takes several times what is below,
+        # and for the one query of a translation's step 1.2 to 1.9 times.
+        few = query.size(2) < FEW_QUERIES
+        slow_kernel = query.device.type == "cpu" and (p > 0 or query.dtype == torch.bfloat16 or few)
         if not (self.record or self.intervene or slow_kernel):
             return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)
         scores = self.scores(query, key, mask)

@@ -147,6 +147,34 @@ def fast_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices.gather(1, places)
 
 
+# ---------------------------------------------------------------------------- products in bf16
+
+
+class BF16Linear(nn.Module):
+    """An `nn.Linear` that computes in bf16, for translation: weights are cast once, inputs and outputs at each call.
+
+    `torch.autocast` gives the same numbers, but casts the weights anew in every step.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
+        self.bias = None
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach().bfloat16(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weight, self.bias).to(x.dtype)
+
+
+def use_bf16_products(model: nn.Module) -> None:
+    """Puts a BF16Linear in the place of every nn.Linear; attention, norms and the residual stream stay as they are."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, BF16Linear(child))
+
+
 # ---------------------------------------------------------------------------- dropout
 
 

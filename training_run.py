@@ -39,7 +39,7 @@ from dataset import Batches, BilingualDataset, get_ds, tokenizer_path
 from loss import Learner, target_tokens
 from model import Transformer
 from ops import keep_freed_memory
-from translate import WEIGHTS_FILE, Translator, check_tokenizers, get_device, get_model
+from translate import WEIGHTS_FILE, Translator, check_tokenizers, choose_precision, get_device, get_model
 
 
 @dataclass
@@ -121,24 +121,6 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=1e-9, fused=device.type != "mps")
 
 
-# Parameters, on a CPU: the base model (49 million) takes half the time in bf16, Multi30k's (2.6 million) 0.64 times,
-# the toy's (0.9 million) 0.75 times; but that one should be the same on every CPU (benchmarks/README.md).
-BF16_FROM = 2_000_000
-
-
-def choose_precision(config: Config, device: torch.device, model: nn.Module) -> str:
-    """bf16 where the device has units for it; on a CPU only from a size on at which they outweigh the casting."""
-    if config.precision != "auto":
-        return config.precision
-    fast = False
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device)[0] >= 8
-    elif device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= BF16_FROM:
-        units = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version of the range
-        fast = any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return "bf16" if fast else "fp32"
-
-
 def start(config: Config) -> Run:
     """Everything up to the first step: checkpoint found, data prepared, model built or restored."""
     keep_freed_memory()
@@ -161,7 +143,7 @@ def start(config: Config) -> Run:
     run = Run(
         config=config,
         device=device,
-        precision=choose_precision(config, device, model),
+        precision=choose_precision(config.precision, device, model),
         model=model,
         learner=Learner(model, config.label_smoothing, config.rdrop_alpha),
         train=train,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import safetensors.torch
 import torch
@@ -27,10 +27,15 @@ from config import WEIGHTS_FOLDER, Config, InputError, load_config, newest_run, 
 from corpus import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask, tokenizer_path
 from model import Transformer, build_transformer
-from ops import keep_freed_memory
+from ops import keep_freed_memory, use_bf16_products
 from search import Hypothesis, beam_search, greedy_decode
 
 WEIGHTS_FILE = "model.safetensors"  # what export.py writes for the Hub
+
+
+# Parameters, on a CPU: training the base model (49 million) takes half the time in bf16, Multi30k's (2.6 million) 0.64
+# times, the toy's (0.9 million) 0.75 times; but that one should be the same on every CPU (benchmarks/README.md).
+BF16_FROM = 2_000_000
 
 
 class CachedDecoder:
@@ -71,6 +76,19 @@ def get_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def choose_precision(wanted: str, device: torch.device, model: Transformer) -> str:
+    """What is wanted; for auto, bf16 where the device has units for it: on a CPU from a size on where it pays."""
+    if wanted != "auto":
+        return wanted
+    fast = False
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
+    elif device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= BF16_FROM:
+        units = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version of the range
+        fast = any(units.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16" if fast else "fp32"
+
+
 class Translator:
     """A trained run, ready to translate: `Translator.load("weights/toy.en-it").translate(["I sleep."])`."""
 
@@ -79,6 +97,7 @@ class Translator:
     ):
         self.model, self.config, self.weights = model, config, weights  # weights: the name of their file
         self.tokenizer_src, self.tokenizer_tgt = tokenizer_src, tokenizer_tgt
+        self.precision = "fp32"
 
     @property
     def device(self) -> torch.device:
@@ -86,13 +105,20 @@ class Translator:
 
     @classmethod
     def load(
-        cls, run_dir: str | Path = "", device: str = "auto", weights: str = "best", average: int = 1
+        cls,
+        run_dir: str | Path = "",
+        device: str = "auto",
+        weights: str = "best",
+        average: int = 1,
+        precision: str = "fp32",
     ) -> "Translator":
         """A run, or what export.py made of one; of the Hugging Face Hub, where no folder has that name.
 
         Without a name it is the run trained last.
         `weights` is best (on the validation set, as `best_by` says), latest, or an epoch's number;
         with `average` those of that many epochs are averaged, the best or the latest ones.
+        `precision` is fp32; bf16, whose products with weights are faster where the device has units for it
+        and whose log-probabilities are off by some thousandths a token; or auto, the faster one.
         """
         keep_freed_memory()
         config = load_config(local_folder(run_dir) if run_dir else newest_run())
@@ -111,7 +137,12 @@ class Translator:
             raise InputError(
                 f"{path} is damaged or does not fit the config.json and tokenizers beside it; copy the folder again"
             ) from None
-        return cls(model.to(get_device(device)).eval(), config, *tokenizers, path.name)
+        model = model.to(get_device(device)).eval()
+        translator = cls(model, config, *tokenizers, path.name)
+        translator.precision = choose_precision(precision, translator.device, model)
+        if translator.precision == "bf16":
+            use_bf16_products(model)
+        return translator
 
     def encode(self, sentence: str) -> list[int]:
         """Ids with [SOS] and [EOS]. Raises InputError past the model's seq_len."""
@@ -131,7 +162,7 @@ class Translator:
         sentences: list[str],
         beam_size: int = 1,
         alpha: float = 0.6,
-        batch_tokens: int = 4_096,
+        batch_tokens: int = 8_192,
         progress: bool = False,
     ) -> list[str]:
         """Translations in the order given; blank sentences stay blank. A beam of 1 is greedy search."""
@@ -142,7 +173,7 @@ class Translator:
         return translations
 
     def hypotheses(
-        self, sentences: list[str], beam_size: int, alpha: float = 0.6, n_best: int = 1, batch_tokens: int = 4_096
+        self, sentences: list[str], beam_size: int, alpha: float = 0.6, n_best: int = 1, batch_tokens: int = 8_192
     ) -> list[list[Hypothesis]]:
         """The n best translations of each sentence, as ids with their log-probabilities; none of a blank one."""
         found: list[list[Hypothesis]] = [[] for _ in sentences]
@@ -283,6 +314,7 @@ def command(
     weights: str = "best",
     average: int = 1,
     device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
     """Translates a sentence, or the lines of standard input.
 
@@ -295,9 +327,10 @@ def command(
         weights: best (on the validation set), latest, or an epoch's number
         average: average the weights of so many epochs, the best or the latest
         device: auto, cuda, mps or cpu
+        precision: of the products with weights: fp32, bf16, or auto, the faster one for device and model
     """
     check_search(beam_size, length_penalty, n_best or 1)
-    translator = Translator.load(run_dir, device, weights, average)
+    translator = Translator.load(run_dir, device, weights, average, precision)
     if sentence is not None:
         translator.encode(sentence)  # one too long is an error here, not a blank line
         if unknown := translator.unknown_words(sentence):

@@ -6,7 +6,8 @@
 The weights are random; each translation ends when it is as long as its reference. JoeyNMT and Marian go on
 with a batch until its last sentence has ended, as they do with trained weights. The tutorial's way, a
 sentence at a time, is timed on a few sentences. Prints a table for each size and beam: target tokens a
-second (median over the rounds) and how many times this project's speed that is. A peer that is not
+second (median over the rounds), how many times as fast this project is, and the speed of the round before
+them: bf16 products on a CPU are prepared anew for every shape that has not been there. A peer that is not
 installed is left out. Against CTranslate2, which cannot be told where to end: benchmarks/engines.py.
 """
 
@@ -18,10 +19,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from training import installed
-from ways import SIZES, JoeyNMT, Marian, Ours, Tutorial
+from ways import SIZES, JoeyNMT, Marian, MarianInBF16, Ours, Tutorial
 from workload import in_turn, machine, median, sentences_to_write, table
 
 TUTORIAL_SENTENCES = 4
+PEERS = [Tutorial, Marian, MarianInBF16, JoeyNMT]
 
 
 def main() -> None:
@@ -31,8 +33,10 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "base"])
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 5])
     parser.add_argument("--vocabulary", type=int, default=10_000)
-    parser.add_argument("--batch-tokens", type=int, default=4_096, help="source tokens a batch, over the beam size")
+    parser.add_argument("--batch-tokens", type=int, default=8_192, help="source tokens a batch, over the beam size")
     parser.add_argument("--sentences", type=int, default=1_000)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of this project")
+    parser.add_argument("--without", nargs="*", default=[], choices=[way.name for way in PEERS], help="peers left out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -49,19 +53,24 @@ def measure(name: str, beam: int, arguments, device: torch.device) -> str:
     size, vocabulary = SIZES[name], arguments.vocabulary
     budget = arguments.batch_tokens // beam
     batches = sentences_to_write(arguments.data, arguments.test, vocabulary, budget, arguments.sentences, device)
-    peers = [way for way in (Tutorial, Marian, JoeyNMT) if installed(way) and not (way is Tutorial and beam > 1)]
-    ways = {way.name: way(size, vocabulary, device) for way in [Ours, *peers]}
-    for way in ways.values():
-        way.prepare_to_write()
+    ways = {Ours.name: Ours(size, vocabulary, device, arguments.precision)}
+    for way in PEERS:
+        if installed(way) and way.name not in arguments.without and not (way is Tutorial and beam > 1):
+            ways[way.name] = way(size, vocabulary, device)
+    precisions = {name: way.prepare_to_write() for name, way in ways.items()}
     given = {name: few(batches) if name == Tutorial.name else batches for name in ways}
 
     def work(name: str):
         return lambda: [ways[name].write(source, steps, beam) for source, steps in given[name]]
 
-    seconds = in_turn({name: work(name) for name in ways}, arguments.rounds, device)
-    speed = {name: sum(int(steps.sum()) for _, steps in given[name]) / median(seconds[name]) for name in ways}
-    rows = [[name, f"{tokens:,.0f}", f"{speed[Ours.name] / tokens:.2f}"] for name, tokens in speed.items()]
-    return table(rows, ["", "target tokens/s", "this project is × as fast"])
+    seconds = in_turn({name: work(name) for name in ways}, arguments.rounds, device, keep_first=True)
+    rows, ours = [], None
+    for name, (first, *others) in seconds.items():
+        tokens = sum(int(steps.sum()) for _, steps in given[name])
+        speed, at_first = tokens / median(others), tokens / first
+        ours = ours or speed
+        rows.append([name, precisions[name], f"{speed:,.0f}", f"{ours / speed:.2f}", f"{at_first:,.0f}"])
+    return table(rows, ["", "precision", "target tokens/s", "this project is × as fast", "the first time"])
 
 
 def few(batches: list[tuple]) -> list[tuple]:

@@ -23,11 +23,11 @@ from config import Config
 from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, padding_mask
 from loss import Learner
 from model import MultiHeadAttentionBlock, Transformer, build_transformer, causal_mask
-from ops import keep_freed_memory
+from ops import keep_freed_memory, use_bf16_products
 from search import beam_search, greedy_decode
 from train import train_step
-from training_run import Progress, Run, choose_precision, make_optimizer
-from translate import CachedDecoder, Translator, get_model
+from training_run import Progress, Run, make_optimizer
+from translate import CachedDecoder, Translator, choose_precision, get_model
 
 DROPOUT = SMOOTHING = 0.1
 NEVER = -1e9  # the logit of a token that must not be chosen
@@ -66,6 +66,7 @@ class Ours:
     name = "this project"
 
     def __init__(self, size: Size, vocabulary: int, device: torch.device, precision: str = "auto"):
+        self.precision = precision
         keep_freed_memory()  # as train.py and translate.py do; the other ways share the process, so have it too
         config = Config(
             d_model=size.d_model,
@@ -84,7 +85,7 @@ class Ours:
         self.run = Run(
             config=config,
             device=device,
-            precision=choose_precision(config, device, model),
+            precision=choose_precision(precision, device, model),
             model=model,
             learner=Learner(model, SMOOTHING),
             train=None,
@@ -101,9 +102,14 @@ class Ours:
         loss, _, _ = train_step(self.run, [batch])
         return loss
 
-    def prepare_to_write(self) -> None:
-        self.run.model.eval()
-        forbid_end(self.run.model)
+    def prepare_to_write(self) -> str:
+        """Returns the precision in which it will write."""
+        model = self.run.model.eval()
+        forbid_end(model)
+        precision = choose_precision(self.precision, self.run.device, model)
+        if precision == "bf16":
+            use_bf16_products(model)
+        return precision
 
     def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
         decoder = CachedDecoder(self.run.model, source, int(steps.max()))
@@ -148,9 +154,10 @@ class Tutorial:
         self.optimizer.step()
         return loss
 
-    def prepare_to_write(self) -> None:
+    def prepare_to_write(self) -> str:
         self.model.eval()
         forbid_end(self.model)
+        return "fp32"
 
     def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
         """Of one sentence (1, S): the whole decoder again for every token."""
@@ -276,9 +283,10 @@ class Marian:
             logits = self.model(input_ids=source, attention_mask=source != PAD, decoder_input_ids=target).logits
         return backward(logits, label, self.optimizer)
 
-    def prepare_to_write(self) -> None:
+    def prepare_to_write(self) -> str:
         self.model.eval()
         self.model.final_logits_bias[:, EOS] = NEVER
+        return "fp32"
 
     def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
         limits = steps.repeat_interleave(beam)
@@ -300,6 +308,17 @@ class Marian:
             **({"early_stopping": True, "length_penalty": 0.6} if beam > 1 else {}),
         )
         assert written.size(1) == steps.max() + 1, written.shape
+
+
+class MarianInBF16(Marian):
+    """The whole of it in bf16, as a user could have it."""
+
+    name = "Marian, cast to bf16"
+
+    def prepare_to_write(self) -> str:
+        super().prepare_to_write()
+        self.model.bfloat16()
+        return "bf16"
 
 
 class JoeyNMT:
@@ -352,8 +371,9 @@ class JoeyNMT:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def prepare_to_write(self) -> None:
+    def prepare_to_write(self) -> str:
         self.model.eval()
+        return "fp32"
 
     def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
         """All to the longest: its search goes on with every sentence until the last has ended."""

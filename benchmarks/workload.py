@@ -96,8 +96,10 @@ def sentences_to_write(
     return batches
 
 
-def in_turn(ways: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds that each way took in each round, one after the other within a round; the first round is not kept."""
+def in_turn(
+    ways: dict[str, Callable[[], None]], rounds: int, device: torch.device, keep_first: bool = False
+) -> dict[str, list[float]]:
+    """Seconds that each way took in each round, one after the other within a round; one more goes before them."""
     seconds = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, work in ways.items():
@@ -106,7 +108,7 @@ def in_turn(ways: dict[str, Callable[[], None]], rounds: int, device: torch.devi
             work()
             wait(device)
             seconds[name].append(time.perf_counter() - begun)
-    return {name: found[1:] for name, found in seconds.items()}
+    return seconds if keep_first else {name: found[1:] for name, found in seconds.items()}
 
 
 def wait(device: torch.device) -> None:

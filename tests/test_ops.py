@@ -113,3 +113,15 @@ def test_dropout_at_its_ends(p):
     dropped = Dropout(p)(x)
     assert dropped.mean().item() == pytest.approx(1, abs=0.2)
     assert 0 < (dropped == 0).float().mean() < 1
+
+
+def test_products_in_bf16_are_those_of_autocast_on_weights_cast_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4, bias=False))
+    x = torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    ops.use_bf16_products(model)
+    assert [p.dtype for p in model.parameters()] == [torch.bfloat16] * 2 + [torch.float] * 2 + [torch.bfloat16]
+    assert model(x).dtype == torch.float
+    assert torch.equal(model(x), expected.float())

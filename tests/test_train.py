@@ -36,15 +36,6 @@ def test_learning_rates():
     assert {learning_rate(step, flat, 100) for step in (0, 50, 1000)} == {1.0}
 
 
-def test_precision_is_bf16_where_the_processor_has_units_and_the_model_is_worth_it(monkeypatch):
-    cpu, large, small = torch.device("cpu"), torch.nn.Linear(2_000, 1_000), torch.nn.Linear(2, 2)
-    for units, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units, raising=False)
-        assert r.choose_precision(get_config("toy"), cpu, large) == expected
-        assert r.choose_precision(get_config("toy"), cpu, small) == "fp32"
-    assert r.choose_precision(get_config("toy", precision="fp32"), cpu, large) == "fp32"
-
-
 def test_one_epoch_of_the_toy_corpus_translates_held_out_pairings(trained_run):
     """The real thing, end to end; the floor is far below what one epoch reaches (about 90)."""
     (scores,) = [json.loads(line) for line in (trained_run / "scores.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ from config import InputError
 from dataset import EOS, SOS, padding_mask
 from model import causal_mask
 from search import greedy_decode
-from translate import CachedDecoder, Translator, get_device, translate, translate_lines
+from translate import CachedDecoder, Translator, choose_precision, get_device, translate, translate_lines
 
 SENTENCES = [
     "I can eat an apple.",
@@ -40,6 +40,24 @@ def test_search_with_a_cache_equals_the_plain_loop(translator):
             target = torch.cat([target, out[:, -1:].argmax(-1)], 1)
         slow = [i for i in target[0].tolist() if i not in (SOS, EOS)]
         assert translator.search([ids])[0] == slow
+
+
+def test_precision_is_bf16_where_the_processor_has_units_and_the_model_is_worth_it(monkeypatch):
+    cpu, large, small = torch.device("cpu"), torch.nn.Linear(2_000, 1_000), torch.nn.Linear(2, 2)
+    for units, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units, raising=False)
+        assert choose_precision("auto", cpu, large) == expected
+        assert choose_precision("auto", cpu, small) == "fp32"
+        assert choose_precision("fp32", cpu, large) == "fp32"
+
+
+def test_in_bf16_it_finds_what_it_finds_in_fp32(translator, trained_run):
+    quick = Translator.load(trained_run, "cpu", precision="bf16")
+    assert (translator.precision, quick.precision) == ("fp32", "bf16")
+    for exact, near in zip(translator.hypotheses(SENTENCES, 4), quick.hypotheses(SENTENCES, 4), strict=True):
+        assert [h.ids for h in exact] == [h.ids for h in near]
+        for h, other in zip(exact, near, strict=True):
+            assert 0 < abs(h.log_probability - other.log_probability) < 0.01 * (len(h.ids) + 1)
 
 
 @torch.inference_mode()
