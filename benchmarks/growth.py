@@ -34,22 +34,24 @@ def batch_of(length: int, tokens: int) -> dict:
 
 def speeds(device: torch.device, rounds: int) -> pd.DataFrame:
     """Columns axis, value, work and tokens_per_second."""
-    ours = {name: Ours(size, VOCABULARY, device) for name, size in SIZES.items()}
+    learners = {name: Ours(size, VOCABULARY, device) for name, size in SIZES.items()}
+    writers = {name: Ours(size, VOCABULARY, device) for name, size in SIZES.items()}
+    for writer in writers.values():
+        writer.prepare_to_write()
     batches = {case: batch_of(*case[1:]) for cases in CASES.values() for case in cases}
 
     def write(case: tuple) -> None:
-        ours[case[0]].prepare_to_write()
         source = batches[case]["encoder_input"].to(device)
         with torch.inference_mode():
-            ours[case[0]].write(source, torch.full((len(source),), source.size(1), device=device), beam=1)
+            writers[case[0]].write(source, torch.full((len(source),), source.size(1), device=device), beam=1)
 
-    work = {(case, "training"): lambda case=case: ours[case[0]].step(batches[case]) for case in batches}
+    work = {(case, "training"): lambda case=case: learners[case[0]].step(batches[case]) for case in batches}
     work |= {(case, "greedy translation"): lambda case=case: write(case) for case in batches}
     seconds = in_turn(work, rounds, device)
     rows = []
     for axis, cases in CASES.items():
         for case in cases:
-            parameters = sum(p.numel() for p in ours[case[0]].run.model.parameters()) / 1e6
+            parameters = sum(p.numel() for p in learners[case[0]].run.model.parameters()) / 1e6
             value = {"parameters (million)": parameters, "sentence length": case[1], "tokens in a batch": case[2]}[axis]
             _, target = tokens_of(batches[case])
             for name in ("training", "greedy translation"):
