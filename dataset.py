@@ -213,19 +213,8 @@ class BilingualDataset(torch.utils.data.Dataset):
     def __getitem__(self, positions: list[int]) -> dict:
         rows = self.encoded[positions]  # an Arrow table
         src_ids, tgt_ids = self.cut_anew(positions, rows) if self.cutters else (rows["src_ids"], rows["tgt_ids"])
-        encoder_input = pad(src_ids)  # (B, S)
-        target = pad(tgt_ids)  # (B, T + 1): [SOS] … [EOS]
-        label = target[:, 1:]
-        decoder_input = target[:, :-1].masked_fill(label == PAD, PAD)
-        return {
-            "encoder_input": encoder_input,
-            "decoder_input": decoder_input,
-            "encoder_mask": padding_mask(encoder_input),
-            "decoder_mask": padding_mask(decoder_input) & causal_mask(decoder_input.size(1)),
-            "label": label,
-            "src_text": rows["src"].to_pylist(),
-            "tgt_text": rows["tgt"].to_pylist(),
-        }
+        texts = {"src_text": rows["src"].to_pylist(), "tgt_text": rows["tgt"].to_pylist()}
+        return batch_of(pad(src_ids), pad(tgt_ids)) | texts
 
     def begin_epoch(self, epoch: int) -> None:
         """Before the epoch's loader is made, so that its workers know."""
@@ -281,6 +270,19 @@ def pad(ids: pa.Array | pa.ChunkedArray) -> torch.Tensor:
 
 def padding_mask(ids: torch.Tensor) -> torch.Tensor:
     return (ids != PAD)[:, None, None, :]  # (B, S) -> (B, 1, 1, S)
+
+
+def batch_of(encoder_input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a step takes of padded ids, [SOS] … [EOS] each: source (B, S) and target (B, T + 1)."""
+    label = target[:, 1:]
+    decoder_input = target[:, :-1].masked_fill(label == PAD, PAD)
+    return {
+        "encoder_input": encoder_input,
+        "decoder_input": decoder_input,
+        "encoder_mask": padding_mask(encoder_input),
+        "decoder_mask": padding_mask(decoder_input) & causal_mask(decoder_input.size(1)),
+        "label": label,
+    }
 
 
 ORDER_VERSION = 2  # raise it when Batches orders a corpus otherwise: runs cannot go on in mid-epoch then

@@ -14,8 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import get_config
-from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, Batches, get_ds, padding_mask
-from model import causal_mask
+from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, Batches, batch_of, get_ds
 
 
 class MadeUp:
@@ -36,16 +35,7 @@ class MadeUp:
 
     def __getitem__(self, positions: list[int]) -> dict:
         encoder_input, target = (self.ids(lengths[positions]) for lengths in (self.src_lengths, self.tgt_lengths))
-        label = target[:, 1:]
-        decoder_input = target[:, :-1].masked_fill(label == PAD, PAD)
-        return {
-            "encoder_input": encoder_input,
-            "decoder_input": decoder_input,
-            "encoder_mask": padding_mask(encoder_input),
-            "decoder_mask": padding_mask(decoder_input) & causal_mask(decoder_input.size(1)),
-            "label": label,
-            "src_text": ["made up"] * len(positions),
-        }
+        return batch_of(encoder_input, target) | {"src_text": ["made up"] * len(positions)}
 
     def ids(self, lengths: np.ndarray) -> Tensor:
         """(B, longest), [SOS] words [EOS] and padding."""

@@ -9,8 +9,11 @@ from conftest import ROOT
 from dataset import EOS, PAD, SOS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import corpus_size
 import decoding
+import engines
 import growth
+import precision
 import training
 import ways
 from workload import MadeUp, in_turn, sentences_to_write, training_batches
@@ -86,3 +89,36 @@ def test_ways_take_turns():
     seconds = in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2, device=CPU)
     assert calls == list("ababab")
     assert [len(found) for found in seconds.values()] == [2, 2]
+
+
+def test_engines_write_the_same(trained_run, monkeypatch, capsys):
+    monkeypatch.setattr(engines, "ROUNDS", 1)
+    monkeypatch.setattr(sys, "argv", ["engines.py", "--run-dir", str(trained_run), "--sentences", "20"])
+    engines.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "sentences/s" not in line]
+    same = {(row[0].strip("| "), row[1]): row[3] for row in rows if len(row) == 5 and row[1] != "---"}
+    assert len(same) == 8
+    for search in ("greedy", "beam 5"):
+        assert same["this project, float32", search] == same["CTranslate2, float32", search] == "20 of 20"
+
+
+def test_both_precisions_are_trained_and_drawn(tmp_path, capsys):
+    for part, pairs in (("train", 60), ("val", 10), ("test_2016_flickr", 10)):
+        for lang in ("en", "de"):
+            lines = [f"{lang} {i % 7} {i % 5} {part}\n" for i in range(pairs)]
+            (tmp_path / f"{part}.lc.norm.tok.{lang}").write_text("".join(lines))
+    small = "--num-epochs 2 --d-model 32 --d-ff 32 --encoder-layers 1 --decoder-layers 1 --num-heads 2 --vocab-size 300"
+    small += " --warmup-steps 2 --batch-tokens 128 --device cpu"
+    runs = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--picture", str(tmp_path / "curves.svg")]
+    precision.main([*runs, "--", *small.split()])
+    assert "bf16" in capsys.readouterr().out
+    assert (tmp_path / "curves.svg").stat().st_size > 1000
+
+
+def test_a_corpus_is_prepared_and_its_memory_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["corpus_size.py", "--pairs", "500", "--folder", str(tmp_path / "new")])
+    corpus_size.main()
+    *_, row = capsys.readouterr().out.splitlines()
+    pairs, *seconds, own, whole = (float(cell) for cell in row.strip("| ").replace(",", "").split(" | "))
+    assert (pairs, len(seconds)) == (500, 3)
+    assert 0.05 < own < whole
