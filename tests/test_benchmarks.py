@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import corpus_size
 import decoding
 import engines
+import gpu
 import growth
 import precision
 import training
@@ -122,3 +123,27 @@ def test_a_corpus_is_prepared_and_its_memory_counted(tmp_path, monkeypatch, caps
     pairs, *seconds, own, whole = (float(cell) for cell in row.strip("| ").replace(",", "").split(" | "))
     assert (pairs, len(seconds)) == (500, 3)
     assert 0.05 < own < whole
+
+
+def test_the_script_for_a_gpu_runs(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "TRAINING", gpu.TRAINING[:2])  # compiling takes minutes
+    small = "--size tiny --vocabulary 60 --batch-tokens 64 --batches 1 --rounds 1 --sentences 6 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *small.split()])
+    gpu.main()
+    printed = capsys.readouterr().out
+    assert "| fp32 | 0.0e+00 | 0.0e+00 | 100% | 100% |" in printed
+    assert printed.count("| bf16 |") == 4
+
+
+def test_the_check_for_a_gpu_sees_a_wrong_gradient(monkeypatch):
+    gradients = gpu.loss_and_gradients
+    calls = []
+
+    def wrong(way, batch):
+        loss, gradient = gradients(way, batch)
+        calls.append(way)
+        return loss, gradient * (1.01 if len(calls) > 1 else 1)
+
+    monkeypatch.setattr(gpu, "loss_and_gradients", wrong)
+    with pytest.raises(AssertionError, match="fp32"):
+        gpu.check(CPU)
