@@ -160,12 +160,10 @@ def heads_heat_map(
     """A number for each head, layers down and heads across; the table has columns kind, layer, head and `value`."""
     color = alt.Color(f"{value}:Q", title=value, scale=scale or alt.Scale(scheme="viridis"))
     base = alt.Chart(table).encode(x=alt.X("head:O", title="head"), y=alt.Y("layer:O", title="layer"))
-    on_light = f"luminance(scale('color', datum['{value}'])) > 0.35"
-    numbers = base.mark_text(fontSize=10).encode(
-        text=alt.Text(f"{value}:Q", format=".2f"),
-        color=alt.condition(on_light, alt.value("black"), alt.value("white")),
-    )
-    both = base.mark_rect().encode(color=color) + numbers
+    # On light squares and dark ones: black, on a white that is painted first.
+    numbers = base.encode(text=alt.Text(f"{value}:Q", format=".2f"))
+    halo = numbers.mark_text(fontSize=10, stroke="white", strokeWidth=2.5, strokeJoin="round")
+    both = base.mark_rect().encode(color=color) + halo + numbers.mark_text(fontSize=10)
     counts = {axis: table[axis].nunique() for axis in ("head", "layer")}
     both = both.properties(width=size * counts["head"], height=size * counts["layer"])
     return both.facet(column=alt.Column("kind:N", title=None, sort=list(KINDS))).properties(title=title)

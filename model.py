@@ -142,7 +142,7 @@ class MultiHeadAttentionBlock(nn.Module):
         return x.unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, T, D) -> (B, H, T, d_k)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Context (B, H, Q, d_k), by the fused kernel unless somebody wants the scores."""
+        """Context (B, H, Q, d_k), by the fused kernel where it is the faster way and nobody wants the scores."""
         self.attention_scores = None
         p = self.dropout.p if self.training else 0.0
         # On a CPU the kernel draws dropout on one thread, in bf16 it takes several times what is below,

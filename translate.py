@@ -78,6 +78,8 @@ def get_device(name: str = "auto") -> torch.device:
 
 def choose_precision(wanted: str, device: torch.device, model: Transformer) -> str:
     """What is wanted; for auto, bf16 where the device has units for it: on a CPU from a size on where it pays."""
+    if wanted not in ("auto", "fp32", "bf16"):
+        raise InputError(f"no precision {wanted!r}; choose one of auto, fp32, bf16")
     if wanted != "auto":
         return wanted
     fast = False

@@ -4,11 +4,13 @@
     python benchmarks/gpu.py --size tiny --vocabulary 1000 --batch-tokens 2000 --device cpu   # to try the script
 
 First the same small model on the CPU and on the device: loss, gradients, translations. Then training of the
-large one in several ways, in turn, and greedy translation. Stands alone: no data and no peers; those are in
-training.py and decoding.py.
+large one in several ways, one after the other, and greedy translation. Stands alone: no data and no peers;
+those are in training.py and decoding.py.
 """
 
 import argparse
+import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from ways import SIZES, Ours, Size, tokens_of
 from workload import MadeUp, in_turn, machine, matrix_peak, median, sentences_to_write, table, training_batches
 
 from loss import Learner
+from model import Transformer
 from ops import use_bf16_products
 from search import beam_search, greedy_decode
 from translate import CachedDecoder
@@ -27,13 +30,15 @@ from translate import CachedDecoder
 SMALL, SMALL_VOCABULARY = Size(d_model=64, layers=2, heads=4, d_ff=128), 100
 # Largest relative difference that rounding explains, of the loss and of all gradients together.
 TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2}
+SAME = 0.95  # of the translations in fp32; now and then two tokens are equally likely, but for rounding
+WILDNESS = 3
 
 
 class Compiled(Ours):
     """With torch.compile over encoder and decoder, for shapes that vary."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, *arguments, **others):
+        super().__init__(*arguments, **others)
         for part in (self.run.model.encoder, self.run.model.decoder):
             part.compile(dynamic=True)
 
@@ -56,10 +61,8 @@ def check(device: torch.device) -> str:
         found = loss_and_gradients(here, batch)
         differences = [((a - b).norm() / a.norm()).item() for a, b in zip(expected, found, strict=True)]
         assert max(differences) < tolerance, (precision, differences)
-        if precision == "bf16":
-            use_bf16_products(here.run.model)
         same = [same_translations(reference, here, batch["encoder_input"], beam) for beam in (1, 5)]
-        assert precision != "fp32" or all(share == 1 for share in same), same
+        assert precision != "fp32" or min(same) >= SAME, same
         rows.append([precision, *(f"{d:.1e}" for d in differences), *(f"{share:.0%}" for share in same)])
     return table(rows, ["", "loss", "gradients", "the same, greedy", "the same, beam 5"])
 
@@ -76,17 +79,27 @@ def loss_and_gradients(way: Ours, batch: dict) -> tuple[torch.Tensor, torch.Tens
 
 @torch.inference_mode()
 def same_translations(reference: Ours, here: Ours, source: torch.Tensor, beam: int) -> float:
-    """The share of sentences for which both write the same ids."""
-    limits = torch.full((len(source),), 20)
-    found = []
+    """The share of sentences for which both write the same ids, some of them longer than others."""
+    limits, found = 3 + torch.arange(len(source)) % 18, []
     for way in (reference, here):
-        decoder = CachedDecoder(way.run.model, source.to(way.run.device), 20)
-        there = limits.to(way.run.device)
+        model = wild(way.run.model)
+        if way.run.precision == "bf16":
+            use_bf16_products(model)
+        decoder, there = CachedDecoder(model, source.to(way.run.device), 20), limits.to(way.run.device)
         if beam == 1:
             found.append(greedy_decode(decoder, there))
         else:
             found.append([hypotheses[0].ids for hypotheses in beam_search(decoder, there, beam)])
     return sum(a == b for a, b in zip(*found, strict=True)) / len(source)
+
+
+def wild(model: Transformer) -> Transformer:
+    """A copy with larger weights: what it writes depends on the source, as an untrained model's hardly does."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter *= WILDNESS
+    return model
 
 
 def training(arguments, device: torch.device) -> str:
@@ -95,21 +108,29 @@ def training(arguments, device: torch.device) -> str:
     source, target = map(sum, zip(*map(tokens_of, batches), strict=True))
     peaks = {dtype: matrix_peak(device, getattr(torch, name)) for dtype, name in DTYPES.items()}
     print(", ".join(f"{peak / 1e12:.3g} TFLOP/s in {dtype}" for dtype, peak in peaks.items()), flush=True)
-    rows, slowest = [], None
+    rows, of_fp32 = [], None
     for name, way, precision in TRAINING:
         here = way(size, arguments.vocabulary, device, precision)
         work = {name: lambda here=here: [here.step(batch) for batch in batches]}
         first, *others = in_turn(work, arguments.rounds, device, keep_first=True)[name]
         took = median(others)
-        slowest = slowest or took
+        of_fp32 = of_fp32 or took
         share = size.flops(source, target, arguments.vocabulary) / took / peaks["bf16"]
-        row = [name, f"{target / took:,.0f}", f"{slowest / took:.2f}", f"{share:.0%}", f"{first - took:.0f}"]
+        row = [name, f"{target / took:,.0f}", f"{of_fp32 / took:.2f}", f"{share:.0%}", f"{first - took:.0f}"]
         if device.type == "cuda":
-            row.append(f"{peak_memory(way, size, arguments.vocabulary, batches[:2], device) / 1e9:.1f}")
+            again = functools.partial(way, precision=precision)
+            row.append(f"{peak_memory(again, size, arguments.vocabulary, batches[:2], device) / 1e9:.1f}")
         rows.append(row)
         print("  ", *row, flush=True)  # in case that time runs out
         del here, work
-    header = ["training", "target tokens/s", "× as fast", "share of the bf16 peak", "seconds to begin", "peak GB"]
+    header = [
+        "training",
+        "target tokens/s",
+        "× as fast as fp32",
+        "share of the bf16 peak",
+        "seconds to begin",
+        "peak GB",
+    ]
     return table(rows, header[: len(rows[0])])
 
 

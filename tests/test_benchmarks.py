@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 from dataset import EOS, PAD, SOS
+from model import KVCache
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import corpus_size
@@ -146,4 +147,18 @@ def test_the_check_for_a_gpu_sees_a_wrong_gradient(monkeypatch):
 
     monkeypatch.setattr(gpu, "loss_and_gradients", wrong)
     with pytest.raises(AssertionError, match="fp32"):
+        gpu.check(CPU)
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_the_check_for_a_gpu_sees_a_wrong_cache(monkeypatch, grows):
+    decoders, select = [], KVCache.select
+    make = gpu.CachedDecoder
+
+    def wrong(cache, rows):
+        select(cache, rows.flip(0) if len(decoders) == 2 and cache.grows == grows else rows)
+
+    monkeypatch.setattr(gpu, "CachedDecoder", lambda *given: decoders.append(given) or make(*given))
+    monkeypatch.setattr(KVCache, "select", wrong)
+    with pytest.raises(AssertionError):
         gpu.check(CPU)

@@ -37,6 +37,14 @@ def test_greedy_search_stops_each_sentence_at_its_end_or_limit():
     assert [len(ids) for ids in script.asked] == [4] * 4 + [2] * 8 + [1] * 4
 
 
+def test_a_few_finished_sentences_stay_until_it_is_worth_moving_the_others():
+    sentences = [[5], [6] * 5, [7] * 6, *([i] * 30 for i in range(4, 19))]
+    script = Script(sentences)
+    assert greedy_decode(script, torch.tensor([20] * 18)) == [ids[:20] for ids in sentences]
+    # One of 18 is finished at the first look, less than an eighth; three at the second.
+    assert [len(ids) for ids in script.asked] == [18] * 8 + [15] * 12
+
+
 class Chain:
     """A StepDecoder whose next token depends on the step and the last token alone, and on no source."""
 
@@ -149,8 +157,10 @@ def test_log_probabilities_are_those_of_the_model(tiny_model):
 @torch.inference_mode()
 def test_a_batch_finds_what_each_sentence_finds_alone(tiny_model):
     torch.manual_seed(1)
-    source, limits = torch.randint(4, 50, (5, 8)), torch.tensor([9, 30, 14, 30, 22])
-    together = beam_search(CachedDecoder(tiny_model, source, 30), limits, 3)
-    for n in range(5):
-        (alone,) = beam_search(CachedDecoder(tiny_model, source[n : n + 1], 30), limits[n : n + 1], 3)
+    source, limits = torch.randint(4, 50, (20, 8)), 1 + torch.arange(20) * 13 % 30  # some finish long before the others
+    together = beam_search(CachedDecoder(tiny_model, source, 30), limits, 3, n_best=2)
+    greedy = greedy_decode(CachedDecoder(tiny_model, source, 30), limits)
+    for n in range(20):
+        (alone,) = beam_search(CachedDecoder(tiny_model, source[n : n + 1], 30), limits[n : n + 1], 3, n_best=2)
         assert [h.ids for h in alone] == [h.ids for h in together[n]]
+        assert greedy_decode(CachedDecoder(tiny_model, source[n : n + 1], 30), limits[n : n + 1]) == [greedy[n]]

@@ -49,6 +49,8 @@ def test_precision_is_bf16_where_the_processor_has_units_and_the_model_is_worth_
         assert choose_precision("auto", cpu, large) == expected
         assert choose_precision("auto", cpu, small) == "fp32"
         assert choose_precision("fp32", cpu, large) == "fp32"
+    with pytest.raises(InputError, match="no precision 'fp16'"):
+        choose_precision("fp16", cpu, small)
 
 
 def test_in_bf16_it_finds_what_it_finds_in_fp32(translator, trained_run):
