@@ -179,7 +179,7 @@ PRESETS: dict[str, dict] = {
         "attention_dropout": 0.0,
         "feed_forward_dropout": 0.0,
         "batch_tokens": 2_048,
-        "num_epochs": 46,
+        "num_epochs": 90,
         "lr": 3e-3,
         "lr_schedule": "cosine",
         "warmup_steps": 1_000,
