@@ -43,7 +43,11 @@ def picture(table: pd.DataFrame) -> alt.Chart:
     shared = alt.Chart(table).encode(
         x=alt.X("step:Q", title="optimizer steps"),
         y=alt.Y("loss:Q", title="nats a target token", scale=alt.Scale(zero=False)),
-        color=alt.Color("precision:N", title=None, scale=alt.Scale(domain=PRECISIONS, range=["#f5b041", "#1b4f72"])),
+        color=alt.Color(
+            "precision:N",
+            scale=alt.Scale(domain=PRECISIONS, range=["#f5b041", "#1b4f72"]),
+            legend=alt.Legend(title=None, symbolType="square"),
+        ),
     )
     wide = alt.Scale(domain=PRECISIONS, range=[6, 1.2])  # one lies upon the other
     train = shared.transform_filter(alt.datum.part == "train").mark_line()
