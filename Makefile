@@ -10,7 +10,7 @@ demo: .venv/run  ## train the embedded corpus, score it on held-out sentences, t
 	$(BIN)/python train.py --preset toy $(RUN)
 	$(BIN)/python evaluate.py $(RUN) --split test
 	$(BIN)/python translate.py $(RUN) $(SENTENCE)
-	$(BIN)/python attention.py $(RUN) $(SENTENCE) --html weights/toy.en-it/attention.html
+	$(BIN)/python visualize.py $(RUN) $(SENTENCE) --html weights/toy.en-it/attention.html
 
 test: .venv/dev  ## linters and the whole test suite
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ def convert(
     run_dir: str,
     num_heads: int = 8,
 ) -> None:
-    """Writes a folder that translate.py, evaluate.py, attention.py and the notebooks take as a run.
+    """Writes a folder that translate.py, evaluate.py, visualize.py and the notebooks take as a run.
 
     Args:
         weights: a checkpoint of the video's train.py

@@ -20,9 +20,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 
-import parallel
+from compute import distributed
 from config import Config, InputError, latest_weights_file_path, write_atomically
-from corpus import DATA_VERSION, load_split
+from corpora.sources import DATA_VERSION, load_split
 from model import causal_mask
 
 PAIRS_A_PROCESS = 100_000  # fewer are encoded sooner than another process has started
@@ -41,7 +41,7 @@ def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -
     A folder without a checkpoint is no run yet, so what lies in it is not trusted.
     """
     path = tokenizer_path(config, lang)
-    if path.is_file() and (latest_weights_file_path(config) or not parallel.is_first()):
+    if path.is_file() and (latest_weights_file_path(config) or not distributed.is_first()):
         return load_tokenizer(path)
     side = "src" if lang == config.lang_src else "tgt"
     sides = ["src", "tgt"] if config.shared_vocab else [side]

@@ -14,7 +14,7 @@ import tyro
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from config import InputError, parse, run_command
-from corpus import check_aligned, lines_of, load_split
+from corpora.sources import check_aligned, lines_of, load_split
 from translate import Translator, blank_long, check_search
 
 

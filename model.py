@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import Dropout
+from compute.ops import Dropout
 
 FEW_QUERIES = 8  # a step of a translation asks with one, or with those of a beam
 

@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from compute.ops import fast_top
 from dataset import EOS, SOS
-from ops import fast_top
 
 DROP_EVERY = 4  # steps between looks at which sentences are finished; each look makes a GPU wait
 DROP_FROM = 1 / 8  # they stay until they are this share of the batch: a CPU prepares bf16 anew for each size of it

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import parallel
-from checkpoint import merits, only_trainer, read_scores, sweep, write_scores
+from compute import distributed
+from compute.ops import peak_memory
 from config import Config, InputError, get_config, parse_config, run_command, weights_files
 from dataset import PAD, Batches, make_loader
 from evaluate import format_scores, score
-from loss import cross_entropy
-from mirror import check_mounted, fetch, push
-from ops import peak_memory
-from training_run import Run, check_writable, prune, save_here, start
+from runs.checkpoint import merits, only_trainer, read_scores, sweep, write_scores
+from runs.mirror import check_mounted, fetch, push
+from training.losses import cross_entropy
+from training.state import Run, check_writable, prune, save_here, start
 
 LOG_EVERY = 10  # optimizer steps between two lines of the log
 CHECKED_LATER = ("cuda",)  # devices that work ahead, so that asking them whether a loss is finite means waiting
@@ -108,7 +108,7 @@ def train_step(run: Run, batches: list[dict], counts: bool = True) -> tuple[Tens
     do not count, the process goes through the same motions and adds nothing.
     """
     own = sum(int((batch["label"] != PAD).sum()) for batch in batches) if counts else 0
-    tokens = parallel.total(own)
+    tokens = distributed.total(own)
     rate = learning_rate(run.progress.step, run.config, run.total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -118,7 +118,7 @@ def train_step(run: Run, batches: list[dict], counts: bool = True) -> tuple[Tens
             with run.autocast():
                 loss = run.learner(*run.inputs(batch))
             # Gradients are averaged over the processes, but each token of the step has the same weight.
-            loss = loss * (counts * parallel.world_size() / tokens)
+            loss = loss * (counts * distributed.world_size() / tokens)
             loss.backward()
         total += loss.detach()
     parameters = [p for p in run.model.parameters() if p.grad is not None]
@@ -152,7 +152,7 @@ def train_epoch(run: Run) -> None:
     config, progress = run.config, run.progress
     batches = Batches(run.train, config, progress.epoch)
     run.train.begin_epoch(progress.epoch)
-    own = parallel.own_batches(batches.starting_at(progress.batch), config.accumulation_steps)
+    own = distributed.own_batches(batches.starting_at(progress.batch), config.accumulation_steps)
     loader = iter(make_loader(run.train, own, config.num_workers, run.device.type == "cuda"))
     meter = Meter(run)
     with tqdm(
@@ -161,16 +161,16 @@ def train_epoch(run: Run) -> None:
         unit="batch",
         desc=f"Epoch {progress.epoch:02d}",
         dynamic_ncols=True,
-        disable=not parallel.is_first(),
+        disable=not distributed.is_first(),
     ) as bar:
-        for count in parallel.own_counts(len(batches) - progress.batch, config.accumulation_steps):
+        for count in distributed.own_counts(len(batches) - progress.batch, config.accumulation_steps):
             group = next_batches(loader, max(1, count), config)
             try:
                 meter.add(*train_step(run, group, counts=count > 0))
             except torch.OutOfMemoryError:
                 sizes = " and ".join(f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in group)
                 raise InputError(f"out of memory in a batch of {sizes}; lower --batch-tokens, or --seq-len") from None
-            done = min(config.accumulation_steps * parallel.world_size(), len(batches) - progress.batch)
+            done = min(config.accumulation_steps * distributed.world_size(), len(batches) - progress.batch)
             progress.batch += done
             progress.step += 1
             bar.update(done)
@@ -217,7 +217,7 @@ class Meter:
         """Loss is the mean since the last look, in nats a target token, with R-Drop's term where it is on."""
         step = self.run.progress.step
         values = {
-            "loss": parallel.total(float(self.loss)) / parallel.world_size() / self.tokens,
+            "loss": distributed.total(float(self.loss)) / distributed.world_size() / self.tokens,
             "lr": self.run.optimizer.param_groups[0]["lr"],
             "tokens_per_second": self.tokens / (time.perf_counter() - self.since),
             "gradient_norm": float(self.norm),
@@ -254,15 +254,15 @@ def stop_at_step_boundary(run: Run) -> Iterator[None]:
 
 def asked_to_stop(run: Run) -> bool:
     """Whether a signal has come, to whichever process: all have to stop after the same step."""
-    run.stop_signal = parallel.largest(run.signal_here)
+    run.stop_signal = distributed.largest(run.signal_here)
     return run.stop_signal > 0
 
 
 def train_model(config: Config) -> Run:
     """Trains, or goes on training, the run in `config.folder`; the model it returns is ready to translate."""
-    with parallel.process_group(), contextlib.ExitStack() as held:
-        run = parallel.first_then_others(lambda: begin(config, held))
-        alone, run.learner = run.learner, parallel.wrapped(run.learner, run.device)
+    with distributed.process_group(), contextlib.ExitStack() as held:
+        run = distributed.first_then_others(lambda: begin(config, held))
+        alone, run.learner = run.learner, distributed.wrapped(run.learner, run.device)
         train_to_the_end(run)
         run.learner = alone  # the wrapper has to go before the processes part
     run.translator.model.eval()
@@ -271,7 +271,7 @@ def train_model(config: Config) -> Run:
 
 def begin(config: Config, held: contextlib.ExitStack) -> Run:
     """Takes the run's folder, under a lock that `held` keeps, and starts; bad input leaves nothing behind."""
-    if not parallel.is_first():
+    if not distributed.is_first():
         return start(config)
     check_writable(config.folder)
     if config.mirror_dir:
@@ -325,7 +325,7 @@ def train_to_the_end(run: Run) -> None:
 
 def validate(run: Run, unless_done: bool = False) -> None:
     """The first process validates, and removes the checkpoints that are worth no more."""
-    if parallel.is_first():
+    if distributed.is_first():
         if not (unless_done and validated(run)):
             run_validation(run)
         prune(run.config)
@@ -333,7 +333,7 @@ def validate(run: Run, unless_done: bool = False) -> None:
 
 
 def copy_out(run: Run) -> None:
-    if run.config.mirror_dir and parallel.is_first():
+    if run.config.mirror_dir and distributed.is_first():
         run.writer.flush()
         push(run.config.folder, run.config.mirror_dir)
 
@@ -344,12 +344,12 @@ def close_writer(run: Run) -> None:
 
 
 def say(words: str) -> None:
-    if parallel.is_first():
+    if distributed.is_first():
         tqdm.write(words)
 
 
 def no_more_patience(config: Config) -> bool:
-    return parallel.from_first(parallel.is_first() and out_of_patience(config))
+    return distributed.from_first(distributed.is_first() and out_of_patience(config))
 
 
 def out_of_patience(config: Config) -> bool:
@@ -370,17 +370,17 @@ def what_next(run: Run) -> None:
     print("\nWhat to type next:")
     print(f'  python translate.py --run-dir {folder} "A sentence."')
     print(f"  python evaluate.py --run-dir {folder}")
-    print(f'  python attention.py --run-dir {folder} "A sentence." --html attention.html')
+    print(f'  python visualize.py --run-dir {folder} "A sentence." --html attention.html')
     print(f"  tensorboard --logdir {folder}/tensorboard")
 
 
 def main(argv: list[str]) -> None:
     run = train_model(parse_config(argv))
     if run.stop_signal:
-        if parallel.is_first():
+        if distributed.is_first():
             print(f"stopped; to go on from here: python train.py --run-dir {run.config.folder}", file=sys.stderr)
         sys.exit(128 + run.stop_signal)
-    if parallel.is_first():
+    if distributed.is_first():
         what_next(run)
 
 

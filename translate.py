@@ -22,12 +22,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_chosen, load_weights
+from compute.ops import keep_freed_memory, use_bf16_products
 from config import WEIGHTS_FOLDER, Config, InputError, load_config, newest_run, parse, run_command
-from corpus import read_lines
+from corpora.sources import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask, tokenizer_path
 from model import Transformer, build_transformer
-from ops import keep_freed_memory, use_bf16_products
+from runs.checkpoint import load_chosen, load_weights
 from search import Hypothesis, beam_search, greedy_decode
 
 WEIGHTS_FILE = "model.safetensors"  # what export.py writes for the Hub

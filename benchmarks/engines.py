@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from workload import machine, table
 
-from corpus import load_split
+from corpora.sources import load_split
 from dataset import EOS
 from evaluate import score
 from experiments import step_logits

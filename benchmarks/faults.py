@@ -31,13 +31,13 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
 import config
 import train
-import training_run
-from checkpoint import DamagedCheckpoint, load_checkpoint, load_newest
 from config import weights_files
-from toy_corpus import toy_pairs
+from corpora.toy import toy_pairs
+from runs import checkpoint
+from runs.checkpoint import DamagedCheckpoint, load_checkpoint, load_newest
+from training import state
 
 # Workers are forked from a server that has imported everything already: a start costs a fifth of a second.
 SPAWN = multiprocessing.get_context("forkserver")
@@ -151,7 +151,7 @@ POINTS = {
     "sealed, not renamed": (os, "replace", "before"),
     "renamed": (os, "replace", "after"),
     "folder flushed": (checkpoint, "_flush_folder", "after"),
-    "saved, older ones of the epoch still there": (training_run, "save_checkpoint", "after"),
+    "saved, older ones of the epoch still there": (state, "save_checkpoint", "after"),
     "saved, not validated": (train, "run_validation", "before"),
     "validated, score not written": (train, "write_scores", "before"),
     "score written, not pruned": (train, "prune", "before"),

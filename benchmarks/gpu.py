@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from training import DTYPES, peak_memory
-from ways import SIZES, Ours, Size, tokens_of
+from peers import SIZES, Ours, Size, tokens_of
+from training_speed import DTYPES, peak_memory
 from workload import MadeUp, in_turn, machine, matrix_peak, median, sentences_to_write, table, training_batches
 
-from loss import Learner
+from compute.ops import use_bf16_products
 from model import Transformer
-from ops import use_bf16_products
 from search import beam_search, greedy_decode
+from training.losses import Learner
 from translate import CachedDecoder
 
 SMALL, SMALL_VOCABULARY = Size(d_model=64, layers=2, heads=4, d_ff=128), 100

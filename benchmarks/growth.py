@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ways import SIZES, Ours, tokens_of
+from peers import SIZES, Ours, tokens_of
 from workload import MadeUp, in_turn, machine, median, table
 
 VOCABULARY, BATCH_TOKENS, LENGTH, SIZE = 10_000, 4_096, 16, "tiny"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import InputError, run_command
-from corpus import load_split
+from corpora.sources import load_split
 from evaluate import format_scores, score, signature
 from translate import Translator, get_device
 

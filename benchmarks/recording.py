@@ -20,7 +20,7 @@ from config import get_config
 from dataset import Batches, make_loader
 from model import MultiHeadAttentionBlock
 from train import train_step
-from training_run import start
+from training.state import start
 
 ROUNDS, STEPS = 15, 10
 

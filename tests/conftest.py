@@ -13,8 +13,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from config import Config, get_config  # noqa: E402
+from corpora.toy import toy_pairs  # noqa: E402
 from model import Transformer, build_transformer  # noqa: E402
-from toy_corpus import toy_pairs  # noqa: E402
 
 
 @pytest.fixture

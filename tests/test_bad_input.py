@@ -17,20 +17,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import attention
-import checkpoint
 import evaluate
-import loss
 import train
 import translate
+import visualize
 from config import parse, run_command, weights_files
-from toy_corpus import toy_pairs
+from corpora.toy import toy_pairs
+from runs import checkpoint
+from training import losses
 
 SCRIPTS = {
     "train": train.main,
     "translate": lambda argv: parse(translate.command, argv),
     "evaluate": lambda argv: parse(evaluate.command, argv),
-    "attention": lambda argv: parse(attention.command, argv),
+    "attention": lambda argv: parse(visualize.command, argv),
 }
 
 TINY = (
@@ -294,7 +294,7 @@ ENVIRONMENT = {
     "loader worker killed": (train, "islice", raising(RuntimeError("DataLoader worker (pid 7) is killed by signal"))),
     "out of memory": (train, "train_step", raising(torch.OutOfMemoryError())),
     "disk full": (train.Meter, "log", raising(OSError(28, "No space left on device"))),
-    "loss not finite": (loss, "cross_entropy", lambda model, *_, **__: next(model.parameters()).sum() * float("nan")),
+    "loss not finite": (losses, "cross_entropy", lambda model, *_, **__: next(model.parameters()).sum() * float("nan")),
 }
 
 

@@ -11,13 +11,13 @@ from model import KVCache
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import corpus_size
-import decoding
+import decoding_speed as decoding
 import engines
 import gpu
 import growth
+import peers as ways
 import precision
-import training
-import ways
+import training_speed as training
 from workload import MadeUp, in_turn, sentences_to_write, training_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # PyTorch speaks of its own fast path

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint as c
 from config import InputError
+from runs import checkpoint as c
 
 
 def state() -> dict:

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-import colab
+from runs import colab
 
 STAND_IN = """
 from pathlib import Path

@@ -8,7 +8,7 @@ import torch
 
 import dataset as d
 from config import Config, InputError, get_config
-from corpus import load_pairs
+from corpora.sources import load_pairs
 from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, Batches, BilingualDataset, get_ds, make_loader
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-import charts
 import experiments as e
 from config import InputError
-from corpus import load_split
+from corpora.sources import load_split
 from dataset import PAD, padding_mask
+from interpret import charts, interventions, page
+from interpret.interventions import VARIANTS, head_off, intervene, off
+from interpret.trace import KINDS, trace
 from model import causal_mask
-from tracing import trace
 from translate import Translator
 
 SENTENCE = "I can eat an apple."
@@ -38,12 +39,12 @@ def scores(B: int = 2, H: int = 3, Q: int = 5, K: int = 5, causal: bool = True) 
 
 
 CHANGES = [
-    e.unchanged,
-    e.uniform,
-    partial(e.first, k=2),
-    partial(e.last, k=2),
-    e.shuffled,
-    partial(e.pattern, weights=torch.rand(3, 9)),
+    interventions.unchanged,
+    interventions.uniform,
+    partial(interventions.first, k=2),
+    partial(interventions.last, k=2),
+    interventions.shuffled,
+    partial(interventions.pattern, weights=torch.rand(3, 9)),
 ]
 
 
@@ -58,17 +59,17 @@ def test_changed_rows_sum_to_one_and_never_see_what_is_masked(change, causal):
 
 def test_what_each_change_does():
     before = scores()
-    assert torch.allclose(e.uniform(before)[0, 0, 3], torch.tensor([0.25, 0.25, 0.25, 0.25, 0]))
-    assert (e.first(before, 2)[..., 2:] == 0).all()
-    last = e.last(before, 2)
+    assert torch.allclose(interventions.uniform(before)[0, 0, 3], torch.tensor([0.25, 0.25, 0.25, 0.25, 0]))
+    assert (interventions.first(before, 2)[..., 2:] == 0).all()
+    last = interventions.last(before, 2)
     assert (last[0, 0, 4] > 0).tolist() == [False, False, False, True, True]
     assert (last[1, 0, 4] > 0).tolist() == [False, False, True, True, False]  # its last key is padding
-    dealt = e.shuffled(before)
+    dealt = interventions.shuffled(before)
     assert torch.allclose(dealt.sort(-1).values, before.sort(-1).values)
     assert not torch.allclose(dealt, before)
     head = torch.eye(4)[[1, 1, 0]]  # rows look at 1, 1, 0 and on like the last
-    assert e.pattern(scores(causal=False), head)[0, 0].argmax(-1).tolist() == [1, 1, 0, 0, 0]
-    assert not e.off(before).any()
+    assert interventions.pattern(scores(causal=False), head)[0, 0].argmax(-1).tolist() == [1, 1, 0, 0, 0]
+    assert not off(before).any()
 
 
 def outputs(translator: Translator) -> torch.Tensor:
@@ -83,13 +84,13 @@ def test_an_identity_gives_bit_identical_output(translator):
     with translator.model.recording():
         plain = outputs(translator)
     with ExitStack() as stack:
-        for kind in e.KINDS:
-            stack.enter_context(e.intervene(translator.model, e.unchanged, kind))
+        for kind in KINDS:
+            stack.enter_context(intervene(translator.model, interventions.unchanged, kind))
         assert torch.equal(plain, outputs(translator))
     assert torch.allclose(plain, outputs(translator), atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", [*e.VARIANTS, e.head_off("cross", 1, 2)], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [*VARIANTS, head_off("cross", 1, 2)], ids=lambda v: v.name)
 def test_a_variant_changes_the_output_and_leaves_no_trace(translator, variant):
     plain = outputs(translator)
     weights = {name: w.clone() for name, w in translator.model.state_dict().items()}
@@ -105,7 +106,7 @@ def test_a_variant_changes_the_output_and_leaves_no_trace(translator, variant):
 
 def test_an_error_inside_restores_the_model_too(translator):
     plain = outputs(translator)
-    with pytest.raises(RuntimeError), e.without(translator.model, "cross_attention", "decoder"):
+    with pytest.raises(RuntimeError), interventions.without(translator.model, "cross_attention", "decoder"):
         raise RuntimeError
     assert torch.equal(plain, outputs(translator))
 
@@ -113,13 +114,19 @@ def test_an_error_inside_restores_the_model_too(translator):
 def test_interventions_compose(translator):
     """One after the other on the same head; on two heads both; a later one sees what an earlier one made."""
     model, seen = translator.model, []
-    with e.intervene(model, e.off, "cross", [0], [1]), e.intervene(model, lambda s: seen.append(s) or s, "cross", [0]):
+    with (
+        intervene(model, off, "cross", [0], [1]),
+        intervene(model, lambda s: seen.append(s) or s, "cross", [0]),
+    ):
         outputs(translator)
     assert not seen[0][:, 1].any()
     assert seen[0][:, 0].any()
-    with e.intervene(model, e.off, "cross", [0], [1]), e.intervene(model, e.off, "cross", [0], [2]):
+    with (
+        intervene(model, off, "cross", [0], [1]),
+        intervene(model, off, "cross", [0], [2]),
+    ):
         both = outputs(translator)
-    with e.intervene(model, e.off, "cross", [0], [1, 2]):
+    with intervene(model, off, "cross", [0], [1, 2]):
         assert torch.equal(both, outputs(translator))
 
 
@@ -129,7 +136,7 @@ def test_variants_do_what_their_formulas_say(translator):
     mask, target = padding_mask(source), torch.tensor([[2, 10, 11]])
     with torch.inference_mode():
         encoder_output = model.encode(source, mask)
-        by_name = {variant.name: variant for variant in e.VARIANTS}
+        by_name = {variant.name: variant for variant in VARIANTS}
         with by_name["encoder: only the residual path"].apply(model):
             bare = model.encoder.norm(model.src_pos(model.src_embed(source)))
             assert torch.allclose(model.encode(source, mask), bare, atol=1e-6)
@@ -150,9 +157,15 @@ def test_plain_decoding_equals_decoding_with_a_cache(translator):
 
 
 def test_places_that_are_not_there_are_refused(translator):
-    with pytest.raises(InputError, match="no layer 7"), e.intervene(translator.model, e.off, "cross", [7]):
+    with (
+        pytest.raises(InputError, match="no layer 7"),
+        intervene(translator.model, off, "cross", [7]),
+    ):
         pass
-    with pytest.raises(InputError, match="no head 9"), e.intervene(translator.model, e.off, "cross", [0], [9]):
+    with (
+        pytest.raises(InputError, match="no head 9"),
+        intervene(translator.model, off, "cross", [0], [9]),
+    ):
         pass
     with pytest.raises(InputError, match="each of the 5 words"):
         e.reordered(SENTENCE, [0, 1, 2])
@@ -162,7 +175,7 @@ def test_places_that_are_not_there_are_refused(translator):
 
 def test_one_sentence_compared(translator):
     table = e.compare(translator, SENTENCE)
-    assert table["variant"].tolist() == ["baseline", *(variant.name for variant in e.VARIANTS)]
+    assert table["variant"].tolist() == ["baseline", *(variant.name for variant in VARIANTS)]
     ids = translator.search([translator.encode(SENTENCE)])[0]
     assert table["translation"][0] == translator.tokenizer_tgt.decode(ids)
     blind = table.set_index("variant").loc["decoder: no cross-attention"]
@@ -193,9 +206,9 @@ def test_the_step_table_is_the_models_logits(translator):
 
 
 def test_charts_of_experiments_draw(translator, tmp_path):
-    steps, table = e.step_table(translator, SENTENCE), e.compare(translator, SENTENCE, e.VARIANTS[:3])
+    steps, table = e.step_table(translator, SENTENCE), e.compare(translator, SENTENCE, VARIANTS[:3])
     before = trace(translator, SENTENCE)
-    after = e.traced(translator, SENTENCE, table["translation"][0], e.VARIANTS[0])
+    after = e.traced(translator, SENTENCE, table["translation"][0], VARIANTS[0])
     importance = pd.DataFrame({"kind": "cross", "layer": [0, 0], "head": [0, 1], "bleu_drop": [0.5, 1.5]})
     drawn: list[alt.TopLevelMixin] = [
         charts.step_heat_map(steps, before),
@@ -203,10 +216,10 @@ def test_charts_of_experiments_draw(translator, tmp_path):
         charts.variants_chart(table),
         charts.difference(before, after, "encoder", 0, 0),
         charts.importance_chart(importance),
-        charts.report_page(
+        page.report_page(
             SENTENCE,
             before,
-            e.traced(translator, SENTENCE, table["translation"][0], e.UNIFORM_CROSS),
+            e.traced(translator, SENTENCE, table["translation"][0], interventions.UNIFORM_CROSS),
             steps,
             table,
             importance,
@@ -224,7 +237,7 @@ def test_the_command_line(trained_run, tmp_path):
     done = subprocess.run([*command, SENTENCE, *outputs], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "decoder: no cross-attention" in done.stdout
-    assert len(pd.read_csv(tmp_path / "t.csv")) == 1 + len(e.VARIANTS)
+    assert len(pd.read_csv(tmp_path / "t.csv")) == 1 + len(VARIANTS)
     assert len(pd.read_csv(tmp_path / "t.heads.csv")) == 48
     assert (tmp_path / "t.html").stat().st_size < 2e6
     for bad in ([], [SENTENCE, "--html", "no/x.html"], [SENTENCE, "--split", "training"]):

@@ -4,7 +4,7 @@ import torch
 
 import translate as tr
 from config import InputError, get_config
-from corpus import load_split
+from corpora.sources import load_split
 from dataset import load_tokenizer
 from export import command, to_ctranslate2, to_safetensors
 from train import train_model

@@ -2,9 +2,9 @@ import shutil
 
 import pytest
 
-import mirror as m
-from checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
 from config import InputError, weights_files
+from runs import mirror as m
+from runs.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-import ops
-from ops import Dropout, byte_mask, fast_top, fused_loss, plain_loss, plain_top
+from compute import ops
+from compute.ops import Dropout, byte_mask, fast_top, fused_loss, plain_loss, plain_top
 
 
 def test_the_plain_loss_is_smoothed_cross_entropy_summed_over_tokens():

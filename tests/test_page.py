@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_attention import random_trace
+from test_interpret import random_trace
 
-import charts
+from interpret import page
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver on this machine")
@@ -78,7 +78,7 @@ def click_head(browser, layer: int, head: int) -> float:
 
 def test_the_page_of_48_heads_opens_offline_and_a_click_redraws_it(browser, tmp_path):
     path = tmp_path / "page.html"
-    charts.save_page(random_trace(L=6, H=8, S=20, T=20), path)
+    page.save_page(random_trace(L=6, H=8, S=20, T=20), path)
     assert path.stat().st_size < 2e6
     seconds = [open_page(browser, path)]
     asked = [e["message"] for e in browser.get_log("performance") if '"Network.requestWillBeSent"' in e["message"]]
@@ -99,7 +99,7 @@ def test_the_page_of_48_heads_opens_offline_and_a_click_redraws_it(browser, tmp_
 
 def test_sixty_tokens_still_open(browser, tmp_path):
     path = tmp_path / "page.html"
-    charts.save_page(random_trace(L=6, H=8, S=60, T=60), path)
+    page.save_page(random_trace(L=6, H=8, S=60, T=60), path)
     seconds = min(open_page(browser, path) for _ in range(3))
     print(f"60 tokens: open {seconds:.2f} s, {path.stat().st_size / 1e6:.2f} MB")
     assert seconds < 3

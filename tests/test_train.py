@@ -13,12 +13,12 @@ import torch
 from conftest import ROOT
 
 import train as t
-import training_run as r
-from checkpoint import best_first, load_checkpoint, only_trainer, read_scores
+from compute.ops import Dropout
 from config import Config, InputError, get_config, weights_files
-from loss import Learner, rdrop
-from ops import Dropout
+from runs.checkpoint import best_first, load_checkpoint, only_trainer, read_scores
 from train import learning_rate, train_model
+from training import state as r
+from training.losses import Learner, rdrop
 from translate import Translator
 
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoint import load_newest
 from config import InputError
+from corpora.toy import toy_pairs
 from dataset import EOS, SOS, padding_mask
 from model import causal_mask
+from runs.checkpoint import load_newest
 from search import greedy_decode
-from toy_corpus import toy_pairs
 from translate import CachedDecoder, Translator, choose_precision, get_device, translate, translate_lines
 
 SENTENCES = [

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import parallel
 import train
+from compute import distributed
 from config import run_command
 
 torch.set_num_threads(1)
 if "DOUBLE" in os.environ:
     torch.set_default_dtype(torch.float64)
 if "MEAN_OF_EACH_PROCESS" in os.environ:  # the usual mistake
-    parallel.total = lambda number: max(1, number) * parallel.world_size()
+    distributed.total = lambda number: max(1, number) * distributed.world_size()
 
-if "DIE_AT_STEP" in os.environ and parallel.rank() == 1:
+if "DIE_AT_STEP" in os.environ and distributed.rank() == 1:
     step = train.train_step
 
     def last_step(run, *args, **kwargs):

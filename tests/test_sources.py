@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import corpus
 from config import InputError, get_config
-from corpus import count_shared, load_pairs, load_split
+from corpora import sources
+from corpora.sources import count_shared, load_pairs, load_split
 from dataset import count_blank
 
 ROWS = [("One.", "Uno."), ("Two, too.", "Due."), ("Three!", "Tre!")]
@@ -156,7 +156,7 @@ def test_the_split_is_seeded_disjoint_and_whole(pairs_file):
 
 
 def test_a_large_corpus_is_split_in_runs_of_neighbours(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "MOST_VALIDATION", 300)
+    monkeypatch.setattr(sources, "MOST_VALIDATION", 300)
     (tmp_path / "a.tsv").write_text("".join(f"{i}\tn{i}\n" for i in range(5_000)))
     config = get_config("toy", datasource=str(tmp_path / "a.tsv"), validation_source="")
     train, validation = ([int(i) for i in load_split(config, split)["src"]] for split in ("train", "validation"))

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compute.ops import fused_loss
 from dataset import PAD
 from model import Transformer
-from ops import fused_loss
 
 
 class Learner(nn.Module):

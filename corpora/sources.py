@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 
 from config import Config, InputError
-from toy_corpus import LANGUAGES, SPLIT_SIZES, toy_pairs
+from corpora.toy import LANGUAGES, SPLIT_SIZES, toy_pairs
 
 DATA_VERSION = 1  # raise it when reading or encoding changes: the cache of `datasets` does not see our code
 MOST_VALIDATION = 10_000  # pairs split off for validation

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint import DamagedCheckpoint, verify
 from config import InputError, checkpoint_age, weights_files
+from runs.checkpoint import DamagedCheckpoint, verify
 
 NOT_COPIED = (".lock",)
 

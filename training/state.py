@@ -12,18 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-import parallel
-from checkpoint import (
-    DamagedCheckpoint,
-    best_first,
-    load_checkpoint,
-    load_newest,
-    load_weights,
-    read_scores,
-    save_checkpoint,
-    set_aside,
-    write_scores,
-)
+from compute import distributed
+from compute.ops import keep_freed_memory
 from config import (
     FIXED_FIELDS,
     Config,
@@ -34,11 +24,21 @@ from config import (
     save_config,
     weights_files,
 )
-from corpus import count_shared, load_split
+from corpora.sources import count_shared, load_split
 from dataset import Batches, BilingualDataset, get_ds, tokenizer_path
-from loss import Learner, target_tokens
 from model import Transformer
-from ops import keep_freed_memory
+from runs.checkpoint import (
+    DamagedCheckpoint,
+    best_first,
+    load_checkpoint,
+    load_newest,
+    load_weights,
+    read_scores,
+    save_checkpoint,
+    set_aside,
+    write_scores,
+)
+from training.losses import Learner, target_tokens
 from translate import WEIGHTS_FILE, Translator, check_tokenizers, choose_precision, get_device, get_model
 
 
@@ -86,7 +86,7 @@ class Run:
 
     def together(self, now: bool):
         """Where gradients are averaged over the processes: only at a step's last batch."""
-        return contextlib.nullcontext() if now or parallel.world_size() == 1 else self.learner.no_sync()
+        return contextlib.nullcontext() if now or distributed.world_size() == 1 else self.learner.no_sync()
 
     def check_finite(self) -> None:
         """Raises InputError for the first step since the last look whose loss or gradient norm is not finite.
@@ -124,8 +124,8 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
 def start(config: Config) -> Run:
     """Everything up to the first step: checkpoint found, data prepared, model built or restored."""
     keep_freed_memory()
-    device = parallel.own_device(get_device(config.device))
-    first = parallel.is_first()
+    device = distributed.own_device(get_device(config.device))
+    first = distributed.is_first()
     state, path, in_the_way = choose_checkpoint(config)
     # Bad input has to come to light before anything is written or moved.
     shared = first and count_shared(load_split(config, "train"), load_split(config, "validation"))
@@ -136,8 +136,8 @@ def start(config: Config) -> Run:
     model = get_model(config, tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()).to(device)
     optimizer = make_optimizer(model, config, device)
     if not first:
-        torch.manual_seed(config.seed + parallel.rank())  # the same weights, another dropout
-    batches_a_step = config.accumulation_steps * parallel.world_size()
+        torch.manual_seed(config.seed + distributed.rank())  # the same weights, another dropout
+    batches_a_step = config.accumulation_steps * distributed.world_size()
     steps_per_epoch = math.ceil(len(Batches(train, config, epoch=0)) / batches_a_step)
     total_steps = steps_per_epoch * config.num_epochs
     run = Run(
@@ -182,7 +182,7 @@ def describe(run: Run) -> None:
     name = names.get(device.type, lambda _: "Apple GPU")(device)
     parameters = sum(p.numel() for p in run.model.parameters())
     sizes = run.translator.tokenizer_src.get_vocab_size(), run.translator.tokenizer_tgt.get_vocab_size()
-    processes = f", {parallel.world_size()} processes" if parallel.world_size() > 1 else ""
+    processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"device       {device.type} ({name}), {run.precision}{processes}")
     print(f"run          {config.folder}")
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
@@ -215,8 +215,8 @@ def save(run: Run, path: str | Path) -> None:
     """Everything that a run needs to go on as if it had never stopped; the first process writes it."""
     run.check_finite()
     config, progress = run.config, run.progress
-    rng = parallel.gather(rng_state())
-    if not parallel.is_first():
+    rng = distributed.gather(rng_state())
+    if not distributed.is_first():
         return
     save_checkpoint(
         path,
@@ -335,9 +335,9 @@ def restore(run: Run, state: dict, path: Path) -> None:
     for group, mine in zip(run.optimizer.param_groups, settings, strict=True):
         group.update(mine)  # what the command line says now, not what it said then
     run.progress = Progress(**state["progress"])
-    if len(state["rng"]) == parallel.world_size():  # else dropout goes another way
-        set_rng_state(state["rng"][parallel.rank()])
-    if parallel.is_first():
+    if len(state["rng"]) == distributed.world_size():  # else dropout goes another way
+        set_rng_state(state["rng"][distributed.rank()])
+    if distributed.is_first():
         drop_later_scores(run)
         where = f"batch {run.progress.batch} of epoch" if run.progress.batch else "the start of epoch"
         print(f"going on     from {path.name}, at {where} {run.progress.epoch}, step {run.progress.step:,}")

@@ -12,14 +12,14 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import attention as a
-import charts
-import tracing as t
 from config import InputError, get_config
+from corpora.toy import toy_pairs
 from dataset import SOS, build_bpe_tokenizer, padding_mask
+from interpret import charts, measures, page, text
+from interpret import trace as t
+from interpret.measures import allowed
+from interpret.trace import KINDS, AttentionTrace
 from model import build_transformer, causal_mask
-from toy_corpus import toy_pairs
-from tracing import KINDS, AttentionTrace, allowed
 from translate import Translator
 
 SENTENCE = "Today my friend does not want to buy two old books."
@@ -73,7 +73,7 @@ def test_a_trace_holds_the_weights_of_its_own_tokens(translator, traced):
         "decoder": (T, T),
         "cross": (T, S),
     }
-    assert t.check_rows(traced) < 1e-5
+    assert measures.check_rows(traced) < 1e-5
     assert all(block.attention_scores is None for block in translator.model.attention_blocks()["cross"])
 
 
@@ -133,7 +133,7 @@ def test_merged_weights_are_summed_over_keys_and_averaged_over_queries():
     assert merged.weights["cross"].shape[2:] == (3, 5)
     by_hand = cross[1, 2, 1:4][:, 4:6].sum(1).mean()
     assert merged.weights["cross"][1, 2, 1, 3] == pytest.approx(by_hand, abs=1e-6)
-    assert t.check_rows(merged) < 1e-5
+    assert measures.check_rows(merged) < 1e-5
     assert merged.src_tokens == ["[SOS]", "s0s0", "s1", "s1s2", "[EOS]"]
     assert merged.next_tokens == ["t0t0t1", "t1", "[EOS]"]
     assert merged.candidates == [trace.candidates[i] for i in (0, 3, 4)]
@@ -146,7 +146,7 @@ def test_merged_weights_are_summed_over_keys_and_averaged_over_queries():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_long_table_has_queries_as_rows_and_no_masked_cell(kind):
     trace = random_trace()
-    table = t.weights_table(trace, kind)
+    table = measures.weights_table(trace, kind)
     rows, columns = trace.labels(kind)
     assert (len(rows), len(columns)) == trace.weights[kind].shape[2:]
     for line in table.sample(30, random_state=0).itertuples():
@@ -157,19 +157,19 @@ def test_the_long_table_has_queries_as_rows_and_no_masked_cell(kind):
     sums = table.groupby(["layer", "head", "row"])["weight"].sum()
     assert np.allclose(sums, 1, atol=1e-5)
     with pytest.raises(InputError, match=r"no layer 9 .* layers 0 to 1"):
-        t.weights_table(trace, kind, layers=[9])
+        measures.weights_table(trace, kind, layers=[9])
 
 
 def test_the_packed_table_is_the_same_weights_in_thousandths():
     trace = random_trace(decoder_L=3)
-    for line in t.packed_table(trace).itertuples():
+    for line in measures.packed_table(trace).itertuples():
         w = np.array(line.w.split(","), dtype=float).reshape(-1, line.columns) / 1000
         np.testing.assert_allclose(w, trace.weights[line.kind][line.layer, line.head], atol=5.01e-4)
 
 
 def test_the_tensor_is_explained_with_one_of_its_own_weights():
     trace = random_trace()
-    text = t.describe(trace, "cross")
+    text = measures.describe(trace, "cross")
     assert "(2, 3, 5, 7) is 2 layers, 3 heads, 5 rows that look, 7 columns looked at" in text
     place, weight = re.search(r"weights\[(.*?)\] = ([\d.]+)", text).groups()
     assert trace.weights["cross"][tuple(map(int, place.split(", ")))] == pytest.approx(float(weight), abs=1e-3)
@@ -177,9 +177,9 @@ def test_the_tensor_is_explained_with_one_of_its_own_weights():
 
 def test_mean_and_rollout_keep_rows_that_sum_to_one():
     trace = random_trace()
-    assert t.check_rows(t.mean_over_heads(trace)) < 1e-5
-    flow = t.rollout(trace)
-    assert t.check_rows(flow) < 1e-5
+    assert measures.check_rows(measures.mean_over_heads(trace)) < 1e-5
+    flow = measures.rollout(trace)
+    assert measures.check_rows(flow) < 1e-5
     first, second = (0.5 * trace.weights["encoder"][i].mean(0) + 0.5 * np.eye(7) for i in (0, 1))
     np.testing.assert_allclose(flow.weights["encoder"][1, 0], second @ first, atol=1e-6)
     assert not np.triu(flow.weights["decoder"], 1).any()
@@ -187,16 +187,16 @@ def test_mean_and_rollout_keep_rows_that_sum_to_one():
 
 def test_lookup_finds_the_largest_weights_at_every_place_of_a_token():
     trace = random_trace()
-    table = t.token_lookup(trace, "cross", "t0")
+    table = measures.token_lookup(trace, "cross", "t0")
     assert set(table["row"]) == {1, 2}  # t0 stands twice
     for (layer, head, row), group in table.groupby(["layer", "head", "row"]):
         expected = np.argsort(-trace.weights["cross"][layer, head, row])[:3]
         assert group["column"].tolist() == expected.tolist()
         assert group["rank"].tolist() == [1, 2, 3]
     with pytest.raises(InputError, match="no token 'x'"):
-        t.token_lookup(trace, "cross", "x")
+        measures.token_lookup(trace, "cross", "x")
     with pytest.raises(InputError, match="rows 0 to 4"):
-        t.across_layers(trace, "cross", 5)
+        measures.across_layers(trace, "cross", 5)
 
 
 def test_the_scorecard_measures_heads_whose_job_is_known():
@@ -206,7 +206,7 @@ def test_the_scorecard_measures_heads_whose_job_is_known():
     w[0, 1, :, 0] = 1
     w[0, 2] = 1 / 6
     trace.weights["encoder"] = w
-    card = t.scorecard(trace).query("kind == 'encoder'").set_index("head")
+    card = measures.scorecard(trace).query("kind == 'encoder'").set_index("head")
     assert card.loc[0, ["entropy", "largest", "distance", "itself"]].tolist() == pytest.approx([0, 1, 0, 1], abs=1e-6)
     assert card.loc[1, ["[SOS]", "[EOS]", "previous"]].tolist() == pytest.approx([1, 0, 1 / 6])
     assert card.loc[2, "entropy"] == pytest.approx(np.log2(6), abs=1e-4)
@@ -227,8 +227,8 @@ def test_alignment_error_is_zero_for_gold_heads_and_one_for_wrong_ones(translato
         trace.weights["cross"] = cross
         return trace
 
-    monkeypatch.setattr(t, "trace", gold)
-    table = t.alignment_errors(translator, pairs).set_index(["layer", "head", "shift"])["error"]
+    monkeypatch.setattr(measures, "trace", gold)
+    table = measures.alignment_errors(translator, pairs).set_index(["layer", "head", "shift"])["error"]
     assert table[0, 0, 1] == table[0, "mean", 1] == 0
     assert table[0, 0, 0] > 0.5
     assert table[1, 0, 1] == 1
@@ -238,17 +238,17 @@ def test_alignment_error_is_zero_for_gold_heads_and_one_for_wrong_ones(translato
 
 
 def test_the_text_view_shows_every_weight_in_hundredths(traced):
-    text = a.text_heat_map(traced, "cross", 1, 0, width=400)
-    lines = text.splitlines()[2:]
+    drawn = text.text_heat_map(traced, "cross", 1, 0, width=400)
+    lines = drawn.splitlines()[2:]
     assert len(lines) == len(traced.tgt_tokens)
     for line, label, weights in zip(lines, traced.tgt_tokens, traced.weights["cross"][1, 0], strict=True):
         assert line.split()[0] == label
         shown = [int(re.sub(r"\D", "", cell) or 0) for cell in line[11:].split() if cell]
         numbers = [round(100 * float(w)) for w in weights]
         assert [n for n in shown if n] == [n for n in numbers if n]
-    narrow = a.text_heat_map(traced, "decoder", 0, 0, width=60)
+    narrow = text.text_heat_map(traced, "decoder", 0, 0, width=60)
     assert max(map(len, narrow.splitlines()[1:])) <= 60
-    bars = a.token_bars(traced, "cross", 0, 1, 2)
+    bars = text.token_bars(traced, "cross", 0, 1, 2)
     assert sum(int(p) for p in re.findall(r"(\d+)%", bars)) == pytest.approx(100, abs=8)
 
 
@@ -273,8 +273,8 @@ def test_every_chart_draws(trace, tmp_path):
         charts.flow(trace, "encoder"),
         charts.layers_of_query(trace, "cross", 2),
         charts.decode_stepper(trace),
-        charts.heads_heat_map(t.scorecard(trace), "entropy", "entropy in bits"),
-        charts.explorer(trace),
+        charts.heads_heat_map(measures.scorecard(trace), "entropy", "entropy in bits"),
+        page.explorer(trace),
     ]
     for chart in drawn:
         assert np.asarray(png_of(chart, tmp_path)).std() > 10  # not blank
@@ -287,8 +287,8 @@ def test_any_script_draws(tokens, tmp_path):
     trace = random_trace(S=5, T=4)
     object.__setattr__(trace, "src_tokens", ["[SOS]", *tokens, "[EOS]"])
     object.__setattr__(trace, "tgt_tokens", ["[SOS]", *tokens])
-    png_of(charts.explorer(trace), tmp_path)
-    charts.save_page(trace, tmp_path / "page.html")
+    png_of(page.explorer(trace), tmp_path)
+    page.save_page(trace, tmp_path / "page.html")
 
 
 def test_the_decoder_chart_draws_no_masked_cell(tmp_path):
@@ -317,7 +317,7 @@ def test_the_page_holds_the_models_weights(tmp_path):
     V = tokenizer.get_vocab_size()
     model = build_transformer(V, V, 64, 64, d_model=32, N=2, h=4, d_ff=32, decoder_N=3).eval()
     trace = t.trace(Translator(model, config, tokenizer, tokenizer), "a b c d e", target="g f e d c b a")
-    charts.save_page(trace, tmp_path / "page.html")
+    page.save_page(trace, tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text(encoding="utf8")
     spec = json.loads(re.search(r"const spec = (\{.*\});\n", html).group(1))
     (rows,) = [rows for rows in spec["datasets"].values() if "w" in rows[0] and len({row["kind"] for row in rows}) == 3]
@@ -338,7 +338,7 @@ def test_notebook_output_has_a_picture_for_every_reader():
 
 
 def shell(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "attention.py"), *arguments]
+    command = [sys.executable, str(ROOT / "visualize.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 

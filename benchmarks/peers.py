@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from compute.ops import keep_freed_memory, use_bf16_products
 from config import Config
 from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, padding_mask
-from loss import Learner
 from model import MultiHeadAttentionBlock, Transformer, build_transformer, causal_mask
-from ops import keep_freed_memory, use_bf16_products
 from search import beam_search, greedy_decode
 from train import train_step
-from training_run import Progress, Run, make_optimizer
+from training.losses import Learner
+from training.state import Progress, Run, make_optimizer
 from translate import CachedDecoder, Translator, choose_precision, get_model
 
 DROPOUT = SMOOTHING = 0.1

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from training import installed
-from ways import SIZES, JoeyNMT, Marian, MarianInBF16, Ours, Tutorial
+from peers import SIZES, JoeyNMT, Marian, MarianInBF16, Ours, Tutorial
+from training_speed import installed
 from workload import in_turn, machine, median, sentences_to_write, table
 
 TUTORIAL_SENTENCES = 4

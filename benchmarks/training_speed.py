@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ways import SIZES, TUTORIAL_BATCH, JoeyNMT, Marian, Ours, PyTorch, Tutorial, tokens_of
+from peers import SIZES, TUTORIAL_BATCH, JoeyNMT, Marian, Ours, PyTorch, Tutorial, tokens_of
 from workload import in_turn, machine, matrix_peak, median, table, training_batches, wait
 
 PEERS = [Tutorial, PyTorch, Marian, JoeyNMT]

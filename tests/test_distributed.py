@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT
 from test_train import final_state, flags, same
 
-import parallel
-from checkpoint import load_checkpoint, read_scores
+from compute import distributed
 from config import Config, weights_files
+from runs.checkpoint import load_checkpoint, read_scores
 from train import train_model
 
 
@@ -87,7 +87,7 @@ def test_every_batch_goes_to_one_process_in_equally_many_steps(monkeypatch, coun
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        own, counts = parallel.own_batches(batches, accumulation), list(parallel.own_counts(count, accumulation))
+        own, counts = distributed.own_batches(batches, accumulation), list(distributed.own_counts(count, accumulation))
         taken = [list(islice(own, max(1, size))) for size in counts]
         assert list(own) == []
         shares.append([step[:size] for step, size in zip(taken, counts, strict=True)])
@@ -101,5 +101,5 @@ def test_one_process_touches_nothing_distributed(tiny_config, monkeypatch):
         def __getattr__(self, name):
             raise AssertionError(f"torch.distributed.{name} was used")
 
-    monkeypatch.setattr(parallel, "dist", Untouchable())
+    monkeypatch.setattr(distributed, "dist", Untouchable())
     train_model(replace(tiny_config, save_every_steps=2, num_epochs=1))

@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
-import toy_corpus as toy
-from toy_corpus import Clause, NounPhrase, make_pair, tokens_of, toy_pairs
+from corpora import toy
+from corpora.toy import Clause, NounPhrase, make_pair, tokens_of, toy_pairs
 
 NOUN = {noun.en[0]: noun for noun in toy.ALL_NOUNS}
 VERB = {verb.en[0]: verb for verb in toy.ALL_VERBS}

@@ -1,0 +1,1 @@
+"""Device, precision, memory, fast operations and several processes."""

@@ -1,0 +1,1 @@
+"""Sentence pairs: files, the Hub and the embedded toy grammar."""

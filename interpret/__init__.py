@@ -1,0 +1,1 @@
+"""Attention and predictions of a trained run: traces, measures, charts, text, interventions."""
