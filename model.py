@@ -1,36 +1,36 @@
-"""The Transformer of "Attention Is All You Need" (Vaswani et al., 2017), written out.
+"""The Transformer of "Attention Is All You Need" (Vaswani et al., 2017), from scratch.
 
-    B  sentences in the batch            D    d_model, width of the residual stream
-    S  source length in tokens           H    attention heads
-    T  target length in tokens           d_k  size of one head, D / H
-    Q  positions that ask (queries)      L    layers
-    K  positions that are asked (keys)   V    tokens in the vocabulary
+    B  batch (sentences)          D    d_model, width of the residual stream
+    S  source length in tokens    H    attention heads
+    T  target length in tokens    d_k  head size, D / H
+    Q  query positions            V    vocabulary size
+    K  key positions              W    beam size, hypotheses per sentence
 
-The encoder's self-attention has Q = K = S, the decoder's Q = K = T, cross-attention Q = T and K = S.
-Masks are boolean and True where a query may attend. Sublayers are pre-norm (Xiong et al., 2020,
-figure 1b), so encoder and decoder each end in a norm of their own.
+Encoder self-attention has Q = K = S, decoder self-attention Q = K = T, cross-attention Q = T and K = S.
+Masks are boolean, True where a query may attend to a key. Sublayers are pre-norm (Xiong et al., 2020,
+figure 1b), so the encoder and the decoder each end with a LayerNorm.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compute.ops import Dropout
-
-FEW_QUERIES = 8  # a step of a translation asks with one, or with those of a beam
+from compute.ops import Dropout, fused_attention_is_faster
+from config import Config
 
 
 def causal_mask(size: int, device: torch.device | str | None = None) -> Tensor:
-    """(1, T, T), True on and below the diagonal: a position sees itself and what came before."""
+    """(1, T, T), True on and below the diagonal: a position attends to itself and to earlier positions."""
     return torch.ones(1, size, size, dtype=torch.bool, device=device).tril()
 
 
 class InputEmbeddings(nn.Module):
-    """Token ids to vectors, scaled by sqrt(D) (section 3.4)."""
+    """Token ids to embeddings, multiplied by sqrt(D) (section 3.4)."""
 
     def __init__(self, d_model: int, vocab_size: int):
         super().__init__()
@@ -42,7 +42,7 @@ class InputEmbeddings(nn.Module):
 
 
 class PositionalEncoding(nn.Module):
-    """Adds sines and cosines of the position (section 3.5). Raises ValueError past `seq_len`."""
+    """Adds sinusoidal position encodings (section 3.5). Raises ValueError for positions beyond `seq_len`."""
 
     def __init__(self, d_model: int, seq_len: int, dropout: float):
         super().__init__()
@@ -52,65 +52,82 @@ class PositionalEncoding(nn.Module):
         pe = torch.zeros(seq_len, d_model)
         pe[:, 0::2] = torch.sin(position * frequency)
         pe[:, 1::2] = torch.cos(position * frequency)
-        self.register_buffer("pe", pe, persistent=False)  # (seq_len, D), computed, so not saved
+        self.register_buffer("pe", pe, persistent=False)  # (seq_len, D), recomputed when loaded
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         end = start + x.size(1)
         if end > self.pe.size(0):
-            raise ValueError(f"{end} tokens are more than the {self.pe.size(0)} positions of this model (seq_len)")
+            raise ValueError(f"{end} tokens exceed the {self.pe.size(0)} positions of this model (seq_len)")
         return self.dropout(x + self.pe[start:end])
 
 
-class KVCache:
-    """Keys and values of one attention block during a translation, so that no step projects them again.
+class SelfAttentionCache:
+    """Keys and values of the target positions decoded so far, for one attention block.
 
-    Cross-attention (`grows=False`) projects the encoder's output once. Self-attention appends each
-    step to a buffer of `capacity` positions, so that the past is not copied. There the positions come first:
-    what is filled lies together, and beams are reordered in a quarter of the time.
+    Each step appends to a buffer of `capacity` positions. Positions are the first dimension, so that the filled part
+    is contiguous and reordering hypotheses takes a quarter of the time.
     """
 
-    def __init__(self, capacity: int, grows: bool):
-        self.capacity, self.grows, self.length = capacity, grows, 0
-        self.key: Tensor | None = None  # (capacity, B, H, d_k), or (B, H, S, d_k) for cross-attention
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.key: Tensor | None = None  # (capacity, B, H, d_k), filled up to `length`
         self.value: Tensor | None = None
 
     def update(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The keys and values so far, with those that `project` computes: each (B, H, K, d_k)."""
-        if not self.grows:
-            if self.key is None:
-                # Asked again at every step, so laid out once as the products read them.
-                self.key, self.value = (x.contiguous() for x in project())
-            return self.key, self.value
-        key, value = project()
-        key, value = key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)  # (B, H, T, d_k) -> (T, B, H, d_k)
+        """Appends the keys and values that `project` computes, each (B, H, T, d_k); returns all, (B, H, K, d_k)."""
+        key, value = (x.permute(2, 0, 1, 3) for x in project())  # (B, H, T, d_k) -> (T, B, H, d_k)
         if self.key is None:
             shape = (self.capacity, *key.shape[1:])
             self.key, self.value = key.new_empty(shape), value.new_empty(shape)
         start, self.length = self.length, self.length + len(key)
         self.key[start : self.length] = key
         self.value[start : self.length] = value
+        # (K, B, H, d_k) -> (B, H, K, d_k)
         return self.key[: self.length].permute(1, 2, 0, 3), self.value[: self.length].permute(1, 2, 0, 3)
 
     def select(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, in this order: finished sentences go, beams move."""
+        """Keeps these rows of the batch, in this order."""
+        if self.key is not None:
+            self.key, self.value = (self.selected(x, rows) for x in (self.key, self.value))
+
+    def selected(self, buffer: Tensor, rows: Tensor) -> Tensor:
+        copy = buffer.new_empty((self.capacity, len(rows), *buffer.shape[2:]))
+        copy[: self.length] = buffer[: self.length].index_select(1, rows)  # the unfilled part is not copied
+        return copy
+
+
+class CrossAttentionCache:
+    """Keys and values of the encoder output, projected once for a whole translation."""
+
+    def __init__(self):
+        self.key: Tensor | None = None  # (B, H, S, d_k)
+        self.value: Tensor | None = None
+
+    def update(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The keys and values, each (B, H, S, d_k); `project` computes them at the first call."""
         if self.key is None:
-            return
-        if not self.grows:
+            self.key, self.value = (x.contiguous() for x in project())  # read at every step
+        return self.key, self.value
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows of the batch, in this order."""
+        if self.key is not None:
             self.key, self.value = self.key[rows], self.value[rows]
-            return
-        for name in ("key", "value"):  # what lies past `length` is not worth a copy
-            old = getattr(self, name)
-            new = old.new_empty((self.capacity, len(rows), *old.shape[2:]))
-            new[: self.length] = old[: self.length].index_select(1, rows)
-            setattr(self, name, new)
+
+
+class LayerCache(NamedTuple):
+    """The caches of one decoder block."""
+
+    self_attention: SelfAttentionCache
+    cross_attention: CrossAttentionCache
 
 
 class MultiHeadAttentionBlock(nn.Module):
     """Scaled dot-product attention in H heads (section 3.2).
 
-    The softmax scores, before dropout, stay in `attention_scores` (B, H, Q, K) while `record` is on;
-    `intervene`, where set, is a function of those scores whose result takes their place. Otherwise
-    `attention_scores` is None, and the fused kernel computes the same where it is the faster way.
+    While `record` is True, the softmax scores before dropout are kept in `attention_scores` (B, H, Q, K), which is
+    None otherwise. If `intervene` is set, it is called with the scores, and its result replaces them. Without
+    either, a fused kernel that returns no scores may compute the same result.
     """
 
     def __init__(self, d_model: int, h: int, dropout: float):
@@ -127,30 +144,37 @@ class MultiHeadAttentionBlock(nn.Module):
         self.intervene: Callable[[Tensor], Tensor] | None = None
         self.attention_scores: Tensor | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        """q (B, Q, D) attends to k and v (B, K, D) where mask (B or 1, 1, Q or 1, K) allows: (B, Q, D)."""
-        query = self.split_heads(self.w_q(q))
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        cache: SelfAttentionCache | CrossAttentionCache | None = None,
+    ) -> Tensor:
+        """q (B, Q, D) attends to k and v (B, K, D) where mask (B or 1, 1, Q or 1, K) is True: (B, Q, D).
+
+        In beam search q is (B W, 1, D): the hypotheses of a sentence become W queries to its keys.
+        """
+        query = self.split_heads(self.w_q(q.view(len(k), -1, q.size(-1))))  # (B, Q, D) -> (B, H, Q, d_k)
 
         def project() -> tuple[Tensor, Tensor]:
             return self.split_heads(self.w_k(k)), self.split_heads(self.w_v(v))
 
-        key, value = project() if cache is None else cache.update(project)
+        key, value = cache.update(project) if cache else project()
         context = self.attend(query, key, value, mask)
-        return self.w_o(context.transpose(1, 2).flatten(2))  # (B, H, Q, d_k) -> (B, Q, D)
+        return self.w_o(context.transpose(1, 2).flatten(2)).view_as(q)  # (B, H, Q, d_k) -> (B, Q, D)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, T, D) -> (B, H, T, d_k)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Context (B, H, Q, d_k), by the fused kernel where it is the faster way and nobody wants the scores."""
+        """softmax(Q K^T / sqrt(d_k)) V (equation 1): (B, H, Q, d_k)."""
         self.attention_scores = None
-        p = self.dropout.p if self.training else 0.0
-        # On a CPU the kernel draws dropout on one thread, in bf16 it takes several times what is below,
-        # and for the one query of a translation's step 1.2 to 1.9 times.
-        few = query.size(2) < FEW_QUERIES and not self.training
-        slow_kernel = query.device.type == "cpu" and (p > 0 or query.dtype == torch.bfloat16 or few)
-        if not (self.record or self.intervene or slow_kernel):
-            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)
+        dropout = self.dropout.p if self.training else 0.0
+        scores_are_needed = self.record or self.intervene
+        if not scores_are_needed and fused_attention_is_faster(query, dropout, self.training):
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
         scores = self.scores(query, key, mask)
         if self.intervene:
             scores = self.intervene(scores)
@@ -160,7 +184,7 @@ class MultiHeadAttentionBlock(nn.Module):
 
     @staticmethod
     def scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(Q K^T / sqrt(d_k)) (equation 1): (B, H, Q, K), rows summing to 1."""
+        """softmax(Q K^T / sqrt(d_k)) (equation 1): (B, H, Q, K), rows sum to 1."""
         scores = (query / math.sqrt(query.size(-1))) @ key.transpose(-2, -1)  # (B, H, Q, K)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
@@ -168,7 +192,7 @@ class MultiHeadAttentionBlock(nn.Module):
 
 
 class FeedForwardBlock(nn.Module):
-    """Two linear maps with a ReLU between, at each position alone (section 3.3)."""
+    """Two linear layers with a ReLU in between, applied to each position separately (section 3.3)."""
 
     def __init__(self, d_model: int, d_ff: int, dropout: float):
         super().__init__()
@@ -181,7 +205,7 @@ class FeedForwardBlock(nn.Module):
 
 
 class ResidualConnection(nn.Module):
-    """x + dropout(sublayer(norm(x)))."""
+    """x + dropout(sublayer(norm(x))): a pre-norm residual connection."""
 
     def __init__(self, d_model: int, dropout: float):
         super().__init__()
@@ -209,7 +233,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """N encoder blocks and the final norm."""
+    """N encoder blocks and a final LayerNorm."""
 
     def __init__(self, layers: list[EncoderBlock], d_model: int):
         super().__init__()
@@ -223,7 +247,7 @@ class Encoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Masked self-attention, cross-attention over the encoder's output, then feed-forward."""
+    """Masked self-attention, cross-attention to the encoder output, then feed-forward."""
 
     def __init__(
         self, d_model: int, h: int, d_ff: int, dropout: float, attention_dropout: float, feed_forward_dropout: float
@@ -240,22 +264,23 @@ class DecoderBlock(nn.Module):
         encoder_output: Tensor,
         src_mask: Tensor,
         tgt_mask: Tensor | None,
-        caches: tuple[KVCache | None, KVCache | None] = (None, None),
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        own, cross = caches
+        self_cache, cross_cache = cache or (None, None)
 
-        def ask_source(x: Tensor) -> Tensor:
-            # The W hypotheses of a beam search ask their sentence's source together: (B W, 1, D) -> (B, W, D).
-            side_by_side = x.view(len(encoder_output), -1, x.size(-1))
-            return self.cross_attention_block(side_by_side, encoder_output, encoder_output, src_mask, cross).view_as(x)
+        def self_attention(x: Tensor) -> Tensor:
+            return self.self_attention_block(x, x, x, tgt_mask, self_cache)
 
-        x = self.residual_connections[0](x, lambda x: self.self_attention_block(x, x, x, tgt_mask, own))
-        x = self.residual_connections[1](x, ask_source)
+        def cross_attention(x: Tensor) -> Tensor:
+            return self.cross_attention_block(x, encoder_output, encoder_output, src_mask, cross_cache)
+
+        x = self.residual_connections[0](x, self_attention)
+        x = self.residual_connections[1](x, cross_attention)
         return self.residual_connections[2](x, self.feed_forward_block)
 
 
 class Decoder(nn.Module):
-    """N decoder blocks and the final norm."""
+    """N decoder blocks and a final LayerNorm."""
 
     def __init__(self, layers: list[DecoderBlock], d_model: int):
         super().__init__()
@@ -268,15 +293,15 @@ class Decoder(nn.Module):
         encoder_output: Tensor,
         src_mask: Tensor,
         tgt_mask: Tensor | None,
-        caches: list[tuple[KVCache, KVCache]] | None = None,
+        caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            x = layer(x, encoder_output, src_mask, tgt_mask, caches[i] if caches else (None, None))
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x = layer(x, encoder_output, src_mask, tgt_mask, cache)
         return self.norm(x)
 
 
 class ProjectionLayer(nn.Module):
-    """Vectors to logits over the target vocabulary."""
+    """Decoder output to logits over the target vocabulary."""
 
     def __init__(self, d_model: int, vocab_size: int):
         super().__init__()
@@ -287,7 +312,10 @@ class ProjectionLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder, decoder and projection. Training calls `forward`; translation `encode`, then `decode` step by step."""
+    """Encoder, decoder and projection.
+
+    Training calls `forward` (teacher forcing). Translation calls `encode`, then `decode` and `project` step by step.
+    """
 
     def __init__(
         self,
@@ -306,7 +334,7 @@ class Transformer(nn.Module):
         self.projection_layer = projection_layer
 
     def encode(self, src: Tensor, src_mask: Tensor) -> Tensor:
-        """Source ids (B, S), mask (B, 1, 1, S): (B, S, D)."""
+        """Source ids (B, S) and mask (B, 1, 1, S) to the encoder output (B, S, D)."""
         return self.encoder(self.src_pos(self.src_embed(src)), src_mask)
 
     def decode(
@@ -315,41 +343,40 @@ class Transformer(nn.Module):
         src_mask: Tensor,
         tgt: Tensor,
         tgt_mask: Tensor | None,
-        caches: list[tuple[KVCache, KVCache]] | None = None,
+        caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """Target ids (B, T), mask (B or 1, 1, T, T): (B, T, D).
+        """Target ids (B, T) and mask (B or 1, 1, T, T) to the decoder output (B, T, D).
 
-        With `caches` (from `new_caches`), `tgt` holds the new tokens alone and `tgt_mask` is None
-        where it is a single one, which may attend to all before it. Then it may also hold W hypotheses of
-        each sentence, side by side (B W, 1).
+        With `caches` (from `new_caches`), `tgt` holds only the new tokens; a single one needs no mask. In beam
+        search it holds the last token of W hypotheses per sentence, (B W, 1), adjacent in the batch.
         """
-        start = caches[0][0].length if caches else 0
+        start = caches[0].self_attention.length if caches else 0
         x = self.tgt_pos(self.tgt_embed(tgt), start)
         return self.decoder(x, encoder_output, src_mask, tgt_mask, caches)
 
     def project(self, x: Tensor) -> Tensor:
-        """(B, T, D): logits (B, T, V)."""
+        """Decoder output (B, T, D) to logits (B, T, V)."""
         return self.projection_layer(x)
 
     def hidden(
         self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
     ) -> Tensor:
-        """Teacher forcing up to the projection: (B, T, D)."""
+        """Teacher forcing up to the projection: the decoder output (B, T, D)."""
         encoder_output = self.encode(encoder_input, encoder_mask)
         return self.decode(encoder_output, encoder_mask, decoder_input, decoder_mask)
 
     def forward(
         self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
     ) -> Tensor:
-        """Teacher forcing: logits (B, T, V) of the token after each position of decoder_input."""
+        """Teacher forcing: logits (B, T, V) for the token that follows each position of decoder_input."""
         return self.project(self.hidden(encoder_input, decoder_input, encoder_mask, decoder_mask))
 
-    def new_caches(self, capacity: int) -> list[tuple[KVCache, KVCache]]:
-        """An empty (self, cross) pair of caches for each decoder layer, for up to `capacity` target tokens."""
-        return [(KVCache(capacity, grows=True), KVCache(capacity, grows=False)) for _ in self.decoder.layers]
+    def new_caches(self, capacity: int) -> list[LayerCache]:
+        """Empty caches for each decoder block, for up to `capacity` target tokens."""
+        return [LayerCache(SelfAttentionCache(capacity), CrossAttentionCache()) for _ in self.decoder.layers]
 
     def attention_blocks(self) -> dict[str, list[MultiHeadAttentionBlock]]:
-        """The blocks of each kind, by layer: encoder, decoder (its self-attention) and cross."""
+        """The attention blocks by kind and layer: encoder, decoder (self-attention) and cross."""
         return {
             "encoder": [layer.self_attention_block for layer in self.encoder.layers],
             "decoder": [layer.self_attention_block for layer in self.decoder.layers],
@@ -358,7 +385,7 @@ class Transformer(nn.Module):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Within it, every attention block keeps the scores of its last pass in `attention_scores`."""
+        """Context in which every attention block keeps the scores of its last forward pass in `attention_scores`."""
         blocks = [block for kind in self.attention_blocks().values() for block in kind]
         for block in blocks:
             block.record = True
@@ -384,12 +411,12 @@ def build_transformer(
     attention_dropout: float | None = None,
     feed_forward_dropout: float | None = None,
 ) -> Transformer:
-    """A Transformer with fresh weights, Xavier-uniform (Glorot and Bengio, 2010) in every matrix.
+    """A Transformer whose matrices are initialized Xavier-uniform (Glorot and Bengio, 2010).
 
-    N blocks in the encoder, `decoder_N` (or N) in the decoder. `dropout` is that of the residual stream
-    and the embeddings; inside attention and feed-forward it is the same unless given. `share_embeddings` (section 3.4):
-    "target", the target embedding and the projection are one matrix; "all", the source embedding too,
-    which takes one vocabulary for both languages (ValueError where the sizes differ).
+    The encoder has N blocks, the decoder `decoder_N` (default N). `dropout` applies to embeddings and sublayer
+    outputs; inside attention and feed-forward blocks it is the same unless given. `share_embeddings` (section 3.4):
+    "target" ties the target embedding and the projection, "all" the source embedding as well, which requires
+    one vocabulary for both languages (ValueError if the sizes differ).
     """
     inside = [dropout if p is None else p for p in (attention_dropout, feed_forward_dropout)]
     encoder = Encoder([EncoderBlock(d_model, h, d_ff, dropout, *inside) for _ in range(N)], d_model)
@@ -408,10 +435,29 @@ def build_transformer(
     if share_embeddings == "all":
         if src_vocab_size != tgt_vocab_size:
             raise ValueError(
-                f"sharing all embeddings needs one vocabulary, not {src_vocab_size} and {tgt_vocab_size} tokens"
+                f"share_embeddings=all needs one vocabulary, not {src_vocab_size} and {tgt_vocab_size} tokens"
             )
         transformer.src_embed.embedding.weight = transformer.tgt_embed.embedding.weight
     for parameter in transformer.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
     return transformer
+
+
+def get_model(config: Config, src_vocab_size: int, tgt_vocab_size: int) -> Transformer:
+    """The model that a config describes, with new weights."""
+    return build_transformer(
+        src_vocab_size,
+        tgt_vocab_size,
+        src_seq_len=config.seq_len,
+        tgt_seq_len=config.seq_len,
+        d_model=config.d_model,
+        N=config.encoder_layers,
+        decoder_N=config.decoder_layers,
+        h=config.num_heads,
+        d_ff=config.d_ff,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        feed_forward_dropout=config.feed_forward_dropout,
+        share_embeddings=config.share_embeddings,
+    )

@@ -1,10 +1,11 @@
-"""Search for a translation, a token at a time: greedy and beam. It sees ids and logits, never a model.
+"""Greedy and beam search, batched. They see token ids and logits, never a model.
 
-B  sentences in the batch    N  of them still unfinished    K  hypotheses a sentence, the beam    V  target vocabulary
+B  sentences still being searched    V  target vocabulary
+W  beam size                         T  longest translation allowed
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,143 +14,182 @@ from torch import Tensor
 from compute.ops import fast_top
 from dataset import EOS, SOS
 
-DROP_EVERY = 4  # steps between looks at which sentences are finished; each look makes a GPU wait
-DROP_FROM = 1 / 8  # they stay until they are this share of the batch: a CPU prepares bf16 anew for each size of it
+CHECK_EVERY = 4  # steps between checks for finished sentences: each check makes a GPU wait
+# Share of the batch that must be done before it shrinks: a CPU prepares bf16 products for each new batch size.
+DROP_FRACTION = 1 / 8
 
 
 class StepDecoder(Protocol):
-    """What a search sees of a model: the next token's logits, and which hypotheses go on.
-
-    There are K hypotheses of each of the N sentences, side by side; in greedy search K is 1.
-    """
+    """A model as a search sees it. The W hypotheses of a sentence are adjacent rows; in greedy search W is 1."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """The newest token of each hypothesis (N K,): logits of the next one (N K, V)."""
+        """The last token of every hypothesis (B W,) to the logits of the next one (B W, V)."""
 
     def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
-        """Goes on with these rows (M K,) of the N K hypotheses, which belong to these M sentences; None: to all N."""
+        """Keeps these rows of the B W hypotheses, and these of the B sentences (None: all), in this order."""
+
+
+# ---------------------------------------------------------------------------- greedy search
 
 
 def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
-    """The likeliest token at every step, until [EOS] or the sentence's limit (B,); ids without [SOS] and [EOS]."""
-    device, longest = max_lengths.device, int(max_lengths.max())
-    written = torch.full((len(max_lengths), longest), EOS, device=device)  # (B, longest)
-    alive = torch.arange(len(max_lengths), device=device)  # (N,), rows of `written`
-    ids = torch.full_like(alive, SOS)
-    finished = torch.zeros_like(alive, dtype=torch.bool)
-    for t in range(longest):
-        ids = fast_top(decoder.step(ids), 1)[1].squeeze(1)
-        written[alive, t] = ids
-        finished |= (ids == EOS) | (max_lengths[alive] <= t + 1)
-        if (t + 1) % DROP_EVERY == 0:
-            going = (~finished).nonzero().squeeze(1)
-            if len(going) == 0:
+    """The most probable token at each step, until [EOS] or the length limit (B,); ids without [SOS] and [EOS]."""
+    device, T = max_lengths.device, int(max_lengths.max())
+    tokens = torch.full((len(max_lengths), T), EOS, device=device)
+    active = torch.arange(len(max_lengths), device=device)  # (B,), rows of `tokens`
+    ids = torch.full_like(active, SOS)  # (B,)
+    is_done = torch.zeros_like(active, dtype=torch.bool)  # (B,)
+    for t in range(T):
+        ids = fast_top(decoder.step(ids), 1)[1].squeeze(1)  # (B, V) -> (B,)
+        tokens[active, t] = ids
+        is_done |= (ids == EOS) | (max_lengths[active] <= t + 1)
+        if (t + 1) % CHECK_EVERY == 0 and (rows := remaining_rows(is_done)) is not None:
+            if len(rows) == 0:
                 break
-            if len(going) <= (1 - DROP_FROM) * len(alive):
-                alive, ids, finished = alive[going], ids[going], finished[going]
-                decoder.select(going, going)
-    return [until_end(row[:limit]) for row, limit in zip(written.tolist(), max_lengths.tolist(), strict=True)]
+            active, ids, is_done = active[rows], ids[rows], is_done[rows]
+            decoder.select(rows, rows)
+    return [until_eos(row[:limit]) for row, limit in zip(tokens.tolist(), max_lengths.tolist(), strict=True)]
+
+
+def remaining_rows(is_done: Tensor) -> Tensor | None:
+    """The rows that are not done, or None if too few are done for the batch to shrink."""
+    rows = (~is_done).nonzero().squeeze(1)
+    return rows if len(rows) <= (1 - DROP_FRACTION) * len(is_done) else None
+
+
+def until_eos(ids: list[int]) -> list[int]:
+    return ids[: ids.index(EOS)] if EOS in ids else ids
+
+
+# ---------------------------------------------------------------------------- beam search
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A translation as a search found it."""
+    """A translation that beam search found."""
 
     ids: list[int]  # without [SOS] and [EOS]
-    log_probability: float  # ln p(ids, [EOS] | source); without [EOS] where the limit cut it off
-    score: float  # log_probability over the length penalty, by which hypotheses of different lengths compare
+    log_probability: float  # ln p(ids, [EOS] | source); without [EOS] if the length limit cut it off
+    score: float  # log_probability divided by `length_normalizer`, to compare hypotheses of different lengths
 
 
-def length_penalty(length: Tensor | int, alpha: float) -> Tensor | float:
-    """((5 + length) / 6) ^ alpha, [EOS] counted (Wu et al., 2016, equation 14). With 0 short ones are favoured."""
-    return ((5 + length) / 6) ** alpha
-
-
-def beam_search(
-    decoder: StepDecoder, max_lengths: Tensor, beam_size: int, alpha: float = 0.6, n_best: int = 1
-) -> list[list[Hypothesis]]:
-    """The `n_best` hypotheses of each sentence that a beam of K finds, best first; limits are (B,).
-
-    At each step the K likeliest continuations of a sentence are looked at: those that end are finished
-    and kept, and the K likeliest that do not end go on. A sentence is settled once no other hypothesis
-    can still come among its n best: a log-probability only falls as the hypothesis grows, so what it is
-    now, over the penalty of the longest, bounds the score. A beam of 1 stops at its first end, as greedy
-    search does.
-    """
-    B, K, device, longest = len(max_lengths), beam_size, max_lengths.device, int(max_lengths.max())
-    found: list[list[Hypothesis]] = [[] for _ in range(B)]
-    alive = torch.arange(B, device=device)  # (N,), the sentences still searched
-    ids = torch.full((B, K), SOS, device=device)
-    written = torch.full((B, K, longest), EOS, device=device)
-    total = torch.full((B, K), -math.inf, device=device)  # log-probabilities; at first all places of a beam
-    total[:, 0] = 0  # are alike, so one of them counts
-    finished = Finished(torch.full_like(total, -math.inf), total.clone(), written.clone())
-    settled = torch.zeros(B, dtype=torch.bool, device=device)
-    for t in range(longest):
-        log_p = decoder.step(ids.flatten()).float().log_softmax(-1)  # (N K, V)
-        log_p, following = fast_top(log_p, min(2 * K, log_p.size(-1)))  # (N K, 2 K), or V if that is less
-        # Each hypothesis can end in one way only, so of the 2 K likeliest of a sentence at least K go on.
-        likeliest, index = (total.unsqueeze(-1) + log_p.unflatten(0, (-1, K))).flatten(1).topk(2 * K)  # (N, 2 K)
-        origin, ids = index // log_p.size(-1), following.view(len(alive), -1).gather(1, index)
-        written = pick(written, origin)
-        written[:, :, t] = ids
-        limit = max_lengths[alive].unsqueeze(1)  # (N, 1)
-        ends = ((ids == EOS) | (limit <= t + 1))[:, :K] & ~settled.unsqueeze(1)
-        scores = (likeliest[:, :K] / length_penalty(t + 1, alpha)).masked_fill(~ends, -math.inf)
-        finished = finished.best_of(Finished(scores, likeliest[:, :K], written[:, :K]))
-        total, going = likeliest.masked_fill(ids == EOS, -math.inf).topk(K)  # (N, K)
-        origin, ids, written = origin.gather(1, going), ids.gather(1, going), pick(written, going)
-        bound = total[:, 0] / length_penalty(limit.squeeze(1), alpha)
-        settled |= (limit.squeeze(1) <= t + 1) | cannot_improve(finished.scores[:, n_best - 1], bound)
-        if K == 1:
-            settled |= finished.scores[:, 0].isfinite()
-        left = None
-        rows = origin + K * torch.arange(len(alive), device=device).unsqueeze(1)  # (N, K), of the N K
-        if (t + 1) % DROP_EVERY == 0 or t + 1 == longest:
-            left = (~settled).nonzero().squeeze(1)
-            if len(left) > (1 - DROP_FROM) * len(alive):
-                left = None
-            else:
-                for n in settled.nonzero().squeeze(1).tolist():
-                    found[alive[n]] = finished.hypotheses(n, n_best)
-                if len(left) == 0:
-                    break
-                finished = Finished(*(column[left] for column in finished))
-                alive, ids, written, total, settled, rows = (
-                    tensor[left] for tensor in (alive, ids, written, total, settled, rows)
-                )
-        decoder.select(rows.flatten(), left)
-    return found
-
-
-def cannot_improve(nth_best: Tensor, bound: Tensor) -> Tensor:
-    """Whether the n-th best score so far (N,) is out of reach for what goes on."""
-    return nth_best >= bound
-
-
-def pick(written: Tensor, places: Tensor) -> Tensor:
-    """Ids (N, K, T) of these places (N, M) of each beam: (N, M, T)."""
-    return written.gather(1, places.unsqueeze(-1).expand(-1, -1, written.size(-1)))
+def length_normalizer(length: Tensor | int, length_penalty: float) -> Tensor | float:
+    """((5 + length) / 6) ^ length_penalty, [EOS] counted (Wu et al., 2016, equation 14)."""
+    return ((5 + length) / 6) ** length_penalty
 
 
 class Finished(NamedTuple):
-    """The finished hypotheses of each sentence, best first; empty places have a score of -inf."""
+    """The W best finished hypotheses of each sentence, best first; unused places have a score of -inf."""
 
-    scores: Tensor  # (N, K)
-    totals: Tensor  # (N, K), log-probabilities
-    written: Tensor  # (N, K, T)
+    score: Tensor  # (B, W)
+    log_p: Tensor  # (B, W)
+    tokens: Tensor  # (B, W, T)
 
-    def best_of(self, more: "Finished") -> "Finished":
-        """The K best of these and of more."""
-        scores, places = torch.cat([self.scores, more.scores], 1).topk(self.scores.size(1))
-        totals = torch.cat([self.totals, more.totals], 1).gather(1, places)
-        return Finished(scores, totals, pick(torch.cat([self.written, more.written], 1), places))
+    def merged(self, other: "Finished") -> "Finished":
+        """The W best of both."""
+        score, places = torch.cat([self.score, other.score], 1).topk(self.score.size(1))  # (B, 2 W) -> (B, W)
+        log_p = torch.cat([self.log_p, other.log_p], 1).gather(1, places)
+        return Finished(score, log_p, gather_tokens(torch.cat([self.tokens, other.tokens], 1), places))
 
-    def hypotheses(self, n: int, n_best: int) -> list[Hypothesis]:
-        columns = (self.written[n].tolist(), self.totals[n].tolist(), self.scores[n].tolist())
-        rows = list(zip(*columns, strict=True))[:n_best]
-        return [Hypothesis(until_end(ids), total, score) for ids, total, score in rows if score > -math.inf]
+    def hypotheses(self, sentence: int, n_best: int) -> list[Hypothesis]:
+        columns = (x[sentence, :n_best].tolist() for x in (self.tokens, self.log_p, self.score))
+        found = zip(*columns, strict=True)
+        return [Hypothesis(until_eos(ids), log_p, score) for ids, log_p, score in found if score > -math.inf]
 
 
-def until_end(ids: list[int]) -> list[int]:
-    return ids[: ids.index(EOS)] if EOS in ids else ids
+@dataclass
+class BeamState:
+    """What beam search carries from step to step."""
+
+    sentence: Tensor  # (B,) position in the batch that was given
+    limit: Tensor  # (B,) maximum length
+    ids: Tensor  # (B, W) last token of each unfinished hypothesis
+    tokens: Tensor  # (B, W, T) its tokens so far
+    log_p: Tensor  # (B, W) its log-probability
+    finished: Finished
+    is_done: Tensor  # (B,) no unfinished hypothesis can enter the n best any more
+
+    @classmethod
+    def start(cls, max_lengths: Tensor, beam_size: int) -> "BeamState":
+        B, W, T, device = len(max_lengths), beam_size, int(max_lengths.max()), max_lengths.device
+        log_p = torch.full((B, W), -math.inf, device=device)
+        tokens = torch.full((B, W, T), EOS, device=device)
+        finished = Finished(log_p.clone(), log_p.clone(), tokens.clone())
+        log_p[:, 0] = 0  # all hypotheses are [SOS] at first: only one of them counts
+        return cls(
+            sentence=torch.arange(B, device=device),
+            limit=max_lengths,
+            ids=torch.full((B, W), SOS, device=device),
+            tokens=tokens,
+            log_p=log_p,
+            finished=finished,
+            is_done=torch.zeros(B, dtype=torch.bool, device=device),
+        )
+
+    def select(self, rows: Tensor) -> "BeamState":
+        """The state of these sentences only."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "finished"}
+        finished = Finished(*(x[rows] for x in self.finished))
+        return BeamState(finished=finished, **{name: x[rows] for name, x in values.items()})
+
+
+def beam_search(
+    decoder: StepDecoder, max_lengths: Tensor, beam_size: int, length_penalty: float = 0.6, n_best: int = 1
+) -> list[list[Hypothesis]]:
+    """The `n_best` hypotheses of each sentence, best first, at most `max_lengths` (B,) tokens long.
+
+    Each step extends the W hypotheses of a sentence. Of the W most probable extensions, those that end with [EOS] or
+    reach the limit are finished; the W most probable without [EOS] continue. A sentence is done when no unfinished
+    hypothesis can enter its n best: a log-probability only falls as a hypothesis grows, so its score is bounded by the
+    present one with the normalizer of the longest translation. With W = 1 the search stops at the first [EOS],
+    as greedy search does.
+    """
+    W, T = beam_size, int(max_lengths.max())
+    results: list[list[Hypothesis]] = [[] for _ in max_lengths]
+    state = BeamState.start(max_lengths, W)
+    for t in range(T):
+        # Extend every hypothesis by its 2 W most probable tokens; at least W of a sentence's best 2 W do not end.
+        log_p = decoder.step(state.ids.flatten()).float().log_softmax(-1)  # (B W, V)
+        log_p, ids = fast_top(log_p, min(2 * W, log_p.size(-1)))  # (B W, 2 W), or (B W, V) if that is less
+        extended = (state.log_p.unsqueeze(-1) + log_p.unflatten(0, (-1, W))).flatten(1)  # (B, W * 2 W)
+        log_p, places = extended.topk(2 * W)  # (B, 2 W), best first
+        origin = places // ids.size(-1)  # (B, 2 W), the hypothesis that was extended
+        ids = ids.view(len(places), -1).gather(1, places)  # (B, 2 W)
+        tokens = gather_tokens(state.tokens, origin)  # (B, 2 W, T)
+        tokens[:, :, t] = ids
+
+        # Collect the finished ones among the W best.
+        is_end = ((ids == EOS) | (state.limit.unsqueeze(1) <= t + 1))[:, :W] & ~state.is_done.unsqueeze(1)  # (B, W)
+        score = (log_p[:, :W] / length_normalizer(t + 1, length_penalty)).masked_fill(~is_end, -math.inf)
+        state.finished = state.finished.merged(Finished(score, log_p[:, :W], tokens[:, :W]))
+
+        # Continue with the W best that do not end.
+        state.log_p, places = log_p.masked_fill(ids == EOS, -math.inf).topk(W)  # (B, 2 W) -> (B, W)
+        origin, state.ids, state.tokens = origin.gather(1, places), ids.gather(1, places), gather_tokens(tokens, places)
+        rows = origin + W * torch.arange(len(origin), device=origin.device).unsqueeze(1)  # (B, W), of the B W
+
+        # Find the sentences that are done, and from time to time drop them from the batch.
+        bound = state.log_p[:, 0] / length_normalizer(state.limit, length_penalty)  # (B,)
+        state.is_done |= (state.limit <= t + 1) | cannot_improve(state.finished.score[:, n_best - 1], bound)
+        if W == 1:
+            state.is_done |= state.finished.score[:, 0].isfinite()
+        is_check = (t + 1) % CHECK_EVERY == 0 or t + 1 == T
+        remaining = remaining_rows(state.is_done) if is_check else None
+        if remaining is not None:
+            for n in state.is_done.nonzero().squeeze(1).tolist():
+                results[state.sentence[n]] = state.finished.hypotheses(n, n_best)
+            if len(remaining) == 0:
+                break
+            state, rows = state.select(remaining), rows[remaining]
+        decoder.select(rows.flatten(), remaining)
+    return results
+
+
+def cannot_improve(nth_best: Tensor, bound: Tensor) -> Tensor:
+    """Whether the n-th best finished score (B,) is out of reach of the unfinished hypotheses."""
+    return nth_best >= bound
+
+
+def gather_tokens(tokens: Tensor, places: Tensor) -> Tensor:
+    """The tokens (B, W, T) of the hypotheses at `places` (B, M): (B, M, T)."""
+    return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.size(-1)))

@@ -1,387 +1,499 @@
 """Training: python train.py --preset toy
 
-    B  sentences in the batch    T  target length in tokens    V  target vocabulary
+    B  batch (sentences)    T  target length in tokens    V  target vocabulary
 
-Reads top to bottom: the loss, the learning rate, validation, then the loop. One
-optimizer step adds up the gradients of `accumulation_steps` batches; its loss is the sum over all
-their target tokens divided by the number of those tokens, so padding and batch sizes do not tilt it.
+`train_model` at the end shows a whole run. Above it: the learning rate, one optimizer step, validation, and how a run
+is prepared. The loss of a step is the sum over all target tokens of its batches divided by their number,
+so that neither padding nor the sizes of batches change the weight of a token.
 """
 
+import argparse
 import contextlib
 import math
-import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from datasets import Dataset
+from tokenizers import Tokenizer
+from torch import nn
 from tqdm import tqdm
 
 from compute import distributed
-from compute.ops import peak_memory
-from config import Config, InputError, get_config, parse_config, run_command, weights_files
-from dataset import PAD, Batches, make_loader
+from compute.device import (
+    choose_precision,
+    device_name,
+    get_device,
+    keep_freed_memory,
+    peak_memory,
+    runs_asynchronously,
+)
+from config import Config, InputError, get_config, parse, run_command
+from corpora.sources import count_shared, load_split
+from dataset import Batches, BilingualDataset, encode_splits, make_loader
 from evaluate import format_scores, score
-from runs.checkpoint import merits, only_trainer, read_scores, sweep, write_scores
-from runs.mirror import check_mounted, fetch, push
-from training.losses import cross_entropy
-from training.state import Run, check_writable, prune, save_here, start
+from runs import mirror
+from runs.folder import RunFolder, merits
+from training.log import StepReport, TrainingLog
+from training.losses import LossInputs, TrainingLoss, count_target_tokens
+from training.resume import ResumePoint, check_same_data, find_resume_point
+from training.signals import StopSignal
+from training.state import Progress, TrainingState
+from translate import Translator
 
-LOG_EVERY = 10  # optimizer steps between two lines of the log
-CHECKED_LATER = ("cuda",)  # devices that work ahead, so that asking them whether a loss is finite means waiting
+LOG_EVERY = 10  # optimizer steps between two points of the training curves
 
 
 def learning_rate(step: int, config: Config, total_steps: int) -> float:
-    """The rate of a step, counted from 0: a linear warmup, then the config's schedule."""
+    """The learning rate of a step, counted from 0: linear warmup, then the schedule of the config."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "inverse_sqrt":  # section 5.3, scaled so that the peak is lr
+    if config.lr_schedule == "inverse_sqrt":  # section 5.3, scaled so that its peak is lr
         return config.lr * math.sqrt(max(1, config.warmup_steps) / (step + 1))
     if config.lr_schedule == "cosine":
-        share = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-        return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr
 
 
-# ---------------------------------------------------------------------------- validation
+# ---------------------------------------------------------------------------- one optimizer step
 
 
-@torch.inference_mode()
-def validation_loss(run: Run) -> float:
-    """Cross-entropy in nats a target token, without smoothing, over the whole validation set."""
-    loss, tokens = 0.0, 0
-    for batch in make_loader(run.validation, Batches(run.validation, run.config, epoch=None)):
-        with run.autocast():
-            loss += cross_entropy(run.translator.model, *run.inputs(batch)).item()
-        tokens += (batch["label"] != PAD).sum().item()
-    return loss / tokens
+class StepBatches(NamedTuple):
+    """The batches of one optimizer step that this process trains on."""
+
+    batches: list[dict]
+    is_dummy: bool  # there is none left for this process: it takes part with a batch that does not count
+    consumed: int  # batches of all processes
 
 
-def run_validation(run: Run) -> dict[str, float]:
-    """Loss over the whole validation set, scores of some greedy translations, a few of them shown.
-
-    Every row goes to TensorBoard and to scores.jsonl in the run's folder.
-    """
-    config = run.config
-    run.translator.model.eval()
-    scores = {"loss": validation_loss(run)}
-    line = f"validation   loss {scores['loss']:.3f}"
-    count = min(config.validation_sentences, len(run.validation))
-    if count:
-        rows = run.validation.encoded[np.linspace(0, len(run.validation) - 1, count).astype(int).tolist()]
-        sources, references = rows["src"].to_pylist(), rows["tgt"].to_pylist()
-        predicted = run.translator.translate(sources, progress=True)
-        scores |= score(predicted, references)
-        line += f"   {format_scores({k: v for k, v in scores.items() if k != 'loss'})} of {count} sentences"
-        examples = list(zip(sources, references, predicted, strict=True))[: config.validation_examples]
-        for source, reference, prediction in examples:
-            tqdm.write(f"    source  {source}\n    target  {reference}\n predicted  {prediction}\n")
-        text = "\n\n".join(f"**source** {s}  \n**target** {r}  \n**predicted** {p}" for s, r, p in examples)
-        run.writer.add_text("validation/samples", text, run.progress.step)
-    tqdm.write(line)
-    for name, value in scores.items():
-        run.writer.add_scalar(f"validation/{name}", value, run.progress.step)
-    run.model.train()
-    write_scores(config.folder, [*read_scores(config.folder), {**asdict(run.progress), **scores}])
-    return scores
-
-
-def validated(run: Run) -> bool:
-    """Whether scores.jsonl has this step's line; a run killed between saving and validating lacks it."""
-    return any(row["step"] == run.progress.step for row in read_scores(run.config.folder))
-
-
-# ---------------------------------------------------------------------------- the loop
-
-
-def train_step(run: Run, batches: list[dict], counts: bool = True) -> tuple[Tensor, Tensor, int]:
-    """One optimizer step over these batches, and those of the other processes.
-
-    Returns the loss a target token, the gradient norm and the number of target tokens. Where the batches
-    do not count, the process goes through the same motions and adds nothing.
-    """
-    own = sum(int((batch["label"] != PAD).sum()) for batch in batches) if counts else 0
-    tokens = distributed.total(own)
-    rate = learning_rate(run.progress.step, run.config, run.total_steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    total = torch.zeros((), device=run.device)
-    for i, batch in enumerate(batches):
-        with run.together(i == len(batches) - 1):
-            with run.autocast():
-                loss = run.learner(*run.inputs(batch))
-            # Gradients are averaged over the processes, but each token of the step has the same weight.
-            loss = loss * (counts * distributed.world_size() / tokens)
-            loss.backward()
-        total += loss.detach()
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    run.unchecked.append((run.progress.step, batches[0]["src_text"][0], total, norm))
-    if run.device.type in CHECKED_LATER:  # a fused optimizer leaves out the step for which this is 1
-        run.optimizer.found_inf = (~torch.isfinite(norm + total)).float()
-    else:
-        run.check_finite()
-    if run.config.clip_norm:
-        nn.utils.clip_grads_with_norm_(parameters, run.config.clip_norm, norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.config.ema_decay:
-        update_average(run)
-    return total, norm, tokens
-
-
-@torch.no_grad()
-def update_average(run: Run) -> None:
-    """Moves the model that translates a little towards the one that learns (Polyak and Juditsky, 1992).
-
-    The average reaches back 1 / (1 - ema_decay) steps; at the start, about a ninth of the steps made.
-    """
-    decay = min(run.config.ema_decay, (1 + run.progress.step) / (10 + run.progress.step))
-    torch._foreach_lerp_(list(run.translator.model.parameters()), list(run.model.parameters()), 1 - decay)
-
-
-def train_epoch(run: Run) -> None:
-    """The rest of the current epoch, or until a signal or max_steps."""
-    config, progress = run.config, run.progress
-    batches = Batches(run.train, config, progress.epoch)
-    run.train.begin_epoch(progress.epoch)
-    own = distributed.own_batches(batches.starting_at(progress.batch), config.accumulation_steps)
-    loader = iter(make_loader(run.train, own, config.num_workers, run.device.type == "cuda"))
-    meter = Meter(run)
-    with tqdm(
-        total=len(batches),
-        initial=progress.batch,
-        unit="batch",
-        desc=f"Epoch {progress.epoch:02d}",
-        dynamic_ncols=True,
-        disable=not distributed.is_first(),
-    ) as bar:
-        for count in distributed.own_counts(len(batches) - progress.batch, config.accumulation_steps):
-            group = next_batches(loader, max(1, count), config)
-            try:
-                meter.add(*train_step(run, group, counts=count > 0))
-            except torch.OutOfMemoryError:
-                sizes = " and ".join(f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in group)
-                raise InputError(f"out of memory in a batch of {sizes}; lower --batch-tokens, or --seq-len") from None
-            done = min(config.accumulation_steps * distributed.world_size(), len(batches) - progress.batch)
-            progress.batch += done
-            progress.step += 1
-            bar.update(done)
-            if progress.step % LOG_EVERY == 0 or progress.batch == len(batches):
-                run.check_finite()
-                bar.set_postfix_str(meter.log())
-            if asked_to_stop(run) or run.done():
-                break
-            if config.save_every_steps and progress.step % config.save_every_steps == 0:
-                save_here(run)
-                copy_out(run)
-    if progress.batch >= len(batches):
-        progress.epoch, progress.batch = progress.epoch + 1, 0
+def optimizer_steps(
+    train: BilingualDataset, batches: Batches, config: Config, start: int, device: torch.device
+) -> Iterator[StepBatches]:
+    """The optimizer steps of an epoch from batch `start` on."""
+    own = distributed.own_batches(batches.starting_at(start), config.accumulation_steps)
+    loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
+    size = config.accumulation_steps * distributed.world_size()
+    for count in distributed.own_counts(len(batches) - start, config.accumulation_steps):
+        yield StepBatches(next_batches(loader, max(1, count), config), count == 0, min(size, len(batches) - start))
+        start += size
 
 
 def next_batches(loader: Iterator[dict], count: int, config: Config) -> list[dict]:
-    """The batches of one optimizer step."""
     try:
         return list(islice(loader, count))
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise InputError(
-            "a process that prepares batches was killed, perhaps for want of memory; "
-            f"lower --num-workers, which is {config.num_workers}, and go on with the same command"
+            "a data loader worker was killed, possibly because memory ran out; "
+            f"lower --num-workers ({config.num_workers}) and resume with the same command"
         ) from None
 
 
-class Meter:
-    """Adds up what the steps report and tells TensorBoard and the bar once in a while."""
+def train_step(
+    state: TrainingState, loss_module: nn.Module, step: StepBatches, learning_rate: float, config: Config
+) -> StepReport:
+    """One optimizer step over these batches and those of the other processes.
 
-    def __init__(self, run: Run):
-        self.run = run
-        self.clear()
+    If the loss or the gradient norm is not finite, the weights stay as they are; `TrainingLog.check_finite` reports it.
+    """
+    own_tokens = 0 if step.is_dummy else sum(map(count_target_tokens, step.batches))
+    tokens = distributed.sum_over_processes(own_tokens)
+    loss = torch.zeros((), device=state.device)
+    for i, batch in enumerate(step.batches):
+        is_last = i == len(step.batches) - 1
+        with contextlib.nullcontext() if is_last else distributed.without_averaging(loss_module):
+            batch_loss = loss_module(LossInputs.of(batch, state.device))
+            # DistributedDataParallel averages gradients over processes; here each token has the same weight.
+            batch_loss = batch_loss * ((not step.is_dummy) * distributed.world_size() / tokens)
+            batch_loss.backward()
+        loss += batch_loss.detach()
 
-    def clear(self) -> None:
-        self.loss, self.norm, self.tokens, self.since = 0.0, 0.0, 0, time.perf_counter()
-
-    def add(self, loss: Tensor, norm: Tensor, tokens: int) -> None:
-        self.loss, self.norm = self.loss + loss * tokens, norm
-        self.tokens += tokens
-
-    def log(self) -> str:
-        """Loss is the mean since the last look, in nats a target token, with R-Drop's term where it is on."""
-        step = self.run.progress.step
-        values = {
-            "loss": distributed.total(float(self.loss)) / distributed.world_size() / self.tokens,
-            "lr": self.run.optimizer.param_groups[0]["lr"],
-            "tokens_per_second": self.tokens / (time.perf_counter() - self.since),
-            "gradient_norm": float(self.norm),
-        }
-        for name, value in values.items():
-            if self.run.writer:
-                self.run.writer.add_scalar(f"train/{name}", value, step)
-        self.clear()
-        return f"loss {values['loss']:.3f}, lr {values['lr']:.1e}, {values['tokens_per_second']:,.0f} tokens/s"
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if config.clip_norm:
+        nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    is_finite = torch.isfinite(norm + loss)
+    if state.optimizer.defaults["fused"]:
+        state.optimizer.found_inf = (~is_finite).float()  # the fused kernel skips the step if this is 1
+        state.optimizer.step()
+    elif is_finite:
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if config.ema_decay:
+        state.update_ema(config.ema_decay)
+    return StepReport(loss, norm, tokens, step.batches[0]["src_text"][0])
 
 
 @contextlib.contextmanager
-def stop_at_step_boundary(run: Run) -> Iterator[None]:
-    """Ctrl-C or SIGTERM asks the loop to save and stop; the second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():  # Python lets only that one handle signals
-        yield
-        return
-    trainer = os.getpid()
-
-    def ask(number: int, frame) -> None:
-        if os.getpid() != trainer:  # a worker that prepares batches inherits this; it ends with the trainer
-            return
-        run.signal_here = number
-        signal.signal(number, signal.SIG_DFL)
-        tqdm.write(f"{signal.Signals(number).name}: saving after this step; once more stops at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+def explained_out_of_memory(batches: list[dict]) -> Iterator[None]:
+    """Turns a GPU's out-of-memory error into one that names the sizes of these batches."""
     try:
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except torch.OutOfMemoryError:
+        sizes = " and ".join(f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in batches)
+        raise InputError(f"out of memory in a batch of {sizes}; lower --batch-tokens or --seq-len") from None
 
 
-def asked_to_stop(run: Run) -> bool:
-    """Whether a signal has come, to whichever process: all have to stop after the same step."""
-    run.stop_signal = distributed.largest(run.signal_here)
-    return run.stop_signal > 0
+# ---------------------------------------------------------------------------- validation
 
 
-def train_model(config: Config) -> Run:
-    """Trains, or goes on training, the run in `config.folder`; the model it returns is ready to translate."""
-    with distributed.process_group(), contextlib.ExitStack() as held:
-        run = distributed.first_then_others(lambda: begin(config, held))
-        alone, run.learner = run.learner, distributed.wrapped(run.learner, run.device)
-        train_to_the_end(run)
-        run.learner = alone  # the wrapper has to go before the processes part
-    run.translator.model.eval()
-    return run
+@torch.inference_mode()
+def validation_loss(model: nn.Module, validation: BilingualDataset, config: Config, precision: str) -> float:
+    """Cross-entropy in nats per target token, without label smoothing, over the whole validation set."""
+    loss_module = TrainingLoss(model, label_smoothing=0.0, precision=precision)
+    device = next(model.parameters()).device
+    loss, tokens = 0.0, 0
+    for batch in make_loader(validation, Batches(validation, config, epoch=None)):
+        loss += loss_module(LossInputs.of(batch, device)).item()
+        tokens += count_target_tokens(batch)
+    return loss / tokens
 
 
-def begin(config: Config, held: contextlib.ExitStack) -> Run:
-    """Takes the run's folder, under a lock that `held` keeps, and starts; bad input leaves nothing behind."""
-    if not distributed.is_first():
-        return start(config)
-    check_writable(config.folder)
-    if config.mirror_dir:
-        check_mounted(config.mirror_dir)
-    new = not config.folder.exists()
-    config.folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(only_trainer(config.folder))
-    sweep(config.folder)
+def run_validation(
+    translator: Translator, validation: BilingualDataset, config: Config, precision: str, log: TrainingLog, step: int
+) -> dict[str, float]:
+    """Loss over the whole validation set, and scores of some greedy translations, of which a few are printed."""
+    translator.model.eval()
+    scores = {"loss": validation_loss(translator.model, validation, config, precision)}
+    line = f"validation   loss {scores['loss']:.3f}"
+    count = min(config.validation_sentences, len(validation))
+    if count:
+        rows = validation.encoded[np.linspace(0, len(validation) - 1, count).astype(int).tolist()]
+        sources, references = rows["src"].to_pylist(), rows["tgt"].to_pylist()
+        predicted = translator.translate(sources, show_progress=True)
+        scores |= score(predicted, references)
+        line += f"   {format_scores({k: v for k, v in scores.items() if k != 'loss'})} of {count} sentences"
+        examples = list(zip(sources, references, predicted, strict=True))[: config.validation_examples]
+        for source, reference, prediction in examples:
+            tqdm.write(f"    source  {source}\n    target  {reference}\n predicted  {prediction}\n")
+        text = "\n\n".join(f"**source** {s}  \n**target** {r}  \n**predicted** {p}" for s, r, p in examples)
+        log.add_text("validation/samples", text, step)
+    tqdm.write(line)
+    log.add_scalars("validation", scores, step)
+    return scores
+
+
+# ---------------------------------------------------------------------------- preparing and ending a run
+
+
+class Prepared(NamedTuple):
+    """What a run starts from."""
+
+    device: torch.device
+    train: BilingualDataset
+    validation: BilingualDataset
+    tokenizer_src: Tokenizer
+    tokenizer_tgt: Tokenizer
+    resume_point: ResumePoint
+
+
+def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) -> Prepared:
+    """Locks the folder, finds the checkpoint to resume from, reads the corpus and encodes it.
+
+    Raises InputError for bad input before an existing run is changed; a new folder is then removed.
+    """
+    is_first = distributed.is_first()
+    with removing_new_folder_on_error(folder.path):
+        device = distributed.own_device(get_device(config.device))
+        if is_first:
+            resources.enter_context(locked_folder(config, folder))
+        resume_point = find_resume_point(folder, config)
+        train_pairs, validation_pairs = load_split(config, "train"), load_split(config, "validation")
+        if is_first:
+            warn_shared_pairs(train_pairs, validation_pairs)
+        if is_first and resume_point.state is None and (aside := folder.set_aside(resume_point.conflicting)):
+            print(f"training from scratch: the files of an earlier run were moved to {aside}")
+        data = encode_splits(config, train_pairs, validation_pairs)
+        if resume_point.state:
+            check_same_data(folder, config, data[0], resume_point)
+    return Prepared(device, *data, resume_point)
+
+
+@contextlib.contextmanager
+def removing_new_folder_on_error(path: Path) -> Iterator[None]:
+    """If an InputError is raised, removes this folder and those above it that did not exist before."""
+    missing = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
     try:
-        if config.mirror_dir and fetch(config.mirror_dir, config.folder):
-            print(f"brought back from {config.mirror_dir}")
-        return start(config)
+        yield
     except InputError:
-        if new:
-            shutil.rmtree(config.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                config.folder.parent.rmdir()  # weights/, if it was made for this run
+        if missing:
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in missing[1:]:
+                parent.rmdir()
         raise
 
 
-def train_to_the_end(run: Run) -> None:
-    """Epoch after epoch, each saved, then validated."""
-    config = run.config
-    if run.progress.step and run.progress.batch == 0:
-        validate(run, unless_done=True)
-    if run.done() or no_more_patience(config):
-        done = f"{run.progress.epoch} epochs and {run.progress.step:,} steps are done"
-        say(f"nothing left to train: {done}; raise --num-epochs, --max-steps or --patience to go on")
-        close_writer(run)
+@contextlib.contextmanager
+def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
+    """Creates the run's folder or restores it from the mirror, and locks it for this process."""
+    folder.check_writable()
+    if config.mirror_dir:
+        mirror.check_mounted(RunFolder(config.mirror_dir))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with folder.locked():
+        folder.sweep()
+        if config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
+            print(f"restored from {config.mirror_dir}")
+        yield
+
+
+def warn_shared_pairs(train_pairs: Dataset, validation_pairs: Dataset) -> None:
+    if shared := count_shared(train_pairs, validation_pairs):
+        print(
+            f"warning: validation pairs that are also in the training set: {shared:,}; scores will be too optimistic",
+            file=sys.stderr,
+        )
+
+
+def count_steps(config: Config, train: BilingualDataset) -> int:
+    """Optimizer steps of the whole run."""
+    batches_per_step = config.accumulation_steps * distributed.world_size()
+    steps = math.ceil(len(Batches(train, config, epoch=0)) / batches_per_step) * config.num_epochs
+    return min(steps, config.max_steps or steps)
+
+
+def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Module, precision: str) -> None:
+    """Prints what is trained, on which data, and where."""
+    device, train, validation, tokenizer_src, tokenizer_tgt, _ = prepared
+    parameters = sum(p.numel() for p in model.parameters())
+    sizes = tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()
+    processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    print(f"device       {device.type} ({device_name(device)}), {precision}{processes}")
+    print(f"run          {folder}")
+    print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
+    print(f"             {len(train):,} training pairs, {len(validation):,} validation pairs")
+    for part, data in (("training", train), ("validation", validation)):
+        if data.skipped_blank or data.skipped_long:
+            print(f"             skipped in {part}: {data.skipped_blank:,} pairs with a blank side,", end=" ")
+            print(f"{data.skipped_long:,} with more than {config.seq_len} tokens (--seq-len)")
+    print(f"model        {parameters:,} parameters, vocabulary of {sizes[0]:,} source and {sizes[1]:,} target tokens")
+    print(f"training     {count_steps(config, train):,} steps, up to {config.num_epochs} epochs")
+    if config.keep_checkpoints:
+        print(f"             keeping the best and the last {config.keep_checkpoints} checkpoints (--keep-checkpoints)")
+
+
+def is_finished(progress: Progress, config: Config) -> bool:
+    return progress.epoch >= config.num_epochs or 0 < config.max_steps <= progress.step
+
+
+def out_of_patience(config: Config, folder: RunFolder) -> bool:
+    """Early stopping: whether the last `patience` epochs brought no better score (Prechelt, 1998)."""
+    found = []
+    if distributed.is_first():
+        found = merits([row for row in folder.read_scores() if row["batch"] == 0], config.best_by)
+    is_out = 0 < config.patience < len(found) and max(found[-config.patience :]) <= max(found[: -config.patience])
+    return distributed.broadcast(is_out)
+
+
+def resume(config: Config, folder: RunFolder, state: TrainingState, resume_point: ResumePoint) -> None:
+    """Restores the state, and removes from the folder what is later than it."""
+    state.load_state_dict(resume_point.state)
+    if distributed.is_first():
+        if aside := folder.set_aside(resume_point.conflicting):
+            print(f"preload {config.preload}: later checkpoints were moved to {aside}")
+        folder.drop_scores_after(state.progress.step)
+        epoch, batch, step = asdict(state.progress).values()
+        where = f"batch {batch} of epoch" if batch else "the start of epoch"
+        print(f"resuming     from {resume_point.path.name}, at {where} {epoch}, step {step:,}")
+
+
+def save(config: Config, folder: RunFolder, state: TrainingState, train: BilingualDataset, log: TrainingLog) -> None:
+    """Writes a checkpoint and updates the mirror. All processes must call it."""
+    log.check_finite()
+    saved = state.state_dict()
+    if distributed.is_first():
+        tokenizers = [folder.tokenizer_file(lang).read_text("utf8") for lang in (config.lang_src, config.lang_tgt)]
+        folder.save({**saved, "config": asdict(config), "corpus": train.fingerprint, "tokenizers": tokenizers})
+        update_mirror(config, folder, log)
+
+
+def validate(
+    config: Config,
+    folder: RunFolder,
+    state: TrainingState,
+    translator: Translator,
+    validation: BilingualDataset,
+    precision: str,
+    log: TrainingLog,
+) -> None:
+    """Validates in the first process, unless done at this step, and removes the checkpoints that are not kept."""
+    if distributed.is_first():
+        if state.progress.step not in [row["step"] for row in folder.read_scores()]:
+            scores = run_validation(translator, validation, config, precision, log, state.progress.step)
+            folder.write_scores([*folder.read_scores(), {**asdict(state.progress), **scores}])
+        folder.prune(config.keep_checkpoints, config.best_by)
+        update_mirror(config, folder, log)
+        state.model.train()
+
+
+def update_mirror(config: Config, folder: RunFolder, log: TrainingLog) -> None:
+    if config.mirror_dir:
+        log.flush()
+        mirror.update(RunFolder(config.mirror_dir), folder)
+
+
+def write(line: str) -> None:
+    """Prints a line above the progress bar, in the first process."""
+    if distributed.is_first():
+        tqdm.write(line)
+
+
+# ---------------------------------------------------------------------------- a whole run
+
+
+def train_model(config: Config) -> TrainingState:
+    """Trains the run that `config` describes, or resumes it; its `evaluated_model` is then ready to translate.
+
+    Raises InputError for bad input, before an existing run is changed.
+    """
+    keep_freed_memory()
+    folder = RunFolder.of(config)
+    with distributed.process_group(), contextlib.ExitStack() as resources:
+        # Prepare: the first process encodes the corpus, the others then find it encoded
+        prepared = distributed.first_then_others(lambda: prepare(config, folder, resources))
+        device, train, validation, *tokenizers, resume_point = prepared
+        state = TrainingState.create(config, *(t.get_vocab_size() for t in tokenizers), device)
+        precision = choose_precision(config.precision, device, state.model)
+        total_steps = count_steps(config, train)
+        if distributed.is_first():
+            describe(config, folder, prepared, state.model, precision)
+
+        # Resume
+        if resume_point.state:
+            resume(config, folder, state, resume_point)
+        del prepared, resume_point  # frees the loaded checkpoint
+        if distributed.is_first():
+            folder.save_config(config)
+        log = TrainingLog(folder, state.progress.step)
+        resources.callback(log.close)
+        translator = Translator(state.evaluated_model, config, *tokenizers)
+        if state.progress.step and state.progress.batch == 0:  # may have been killed between saving and validating
+            validate(config, folder, state, translator, validation, precision, log)
+
+        # Train
+        loss_module = TrainingLoss(state.model.train(), config.label_smoothing, config.rdrop_alpha, precision)
+        loss_module = distributed.averaging_gradients(loss_module, device)
+        start_step, start_time = state.progress.step, time.perf_counter()
+        with StopSignal() as stop:
+            while not (stop.received() or is_finished(state.progress, config) or out_of_patience(config, folder)):
+                # One epoch, or the rest of it
+                progress = state.progress
+                train.begin_epoch(progress.epoch)
+                batches = Batches(train, config, progress.epoch)
+                with epoch_bar(progress, len(batches)) as bar:
+                    for step in optimizer_steps(train, batches, config, progress.batch, device):
+                        # One step
+                        rate = learning_rate(progress.step, config, total_steps)
+                        with explained_out_of_memory(step.batches):
+                            log.add(progress.step, train_step(state, loss_module, step, rate, config))
+                        progress.step, progress.batch = progress.step + 1, progress.batch + step.consumed
+                        bar.update(step.consumed)
+
+                        # Log
+                        is_log_step = progress.step % LOG_EVERY == 0 or progress.batch == len(batches)
+                        if is_log_step or not runs_asynchronously(device):
+                            log.check_finite()
+                        if is_log_step:
+                            bar.set_postfix_str(log.write(progress.step, rate))
+
+                        # Stop, or save within the epoch
+                        if stop.received() or is_finished(progress, config):
+                            break
+                        if config.save_every_steps and progress.step % config.save_every_steps == 0:
+                            save(config, folder, state, train, log)
+
+                # Save
+                if progress.batch == len(batches):
+                    progress.epoch, progress.batch = progress.epoch + 1, 0
+                save(config, folder, state, train, log)
+                if progress.batch:
+                    write(f"saved {folder.checkpoint(**asdict(progress))}")
+
+                # Validate
+                if not stop.number:
+                    validate(config, folder, state, translator, validation, precision, log)
+
+        report_end(config, folder, state, start_step, time.perf_counter() - start_time)
+        state.stop_signal = stop.number
+        state.model.eval()
+        del loss_module  # DistributedDataParallel must be gone before the processes separate
+    return state
+
+
+def epoch_bar(progress: Progress, batches: int) -> tqdm:
+    return tqdm(
+        total=batches,
+        initial=progress.batch,
+        unit="batch",
+        desc=f"Epoch {progress.epoch:02d}",
+        dynamic_ncols=True,
+        disable=not distributed.is_first(),
+    )
+
+
+def report_end(config: Config, folder: RunFolder, state: TrainingState, start_step: int, seconds: float) -> None:
+    """Prints why training ended, the time and the peak memory."""
+    progress, is_early = state.progress, out_of_patience(config, folder)
+    if progress.step == start_step and (is_early or is_finished(progress, config)):
+        done = f"{progress.epoch} epochs and {progress.step:,} steps are done"
+        write(f"nothing left to train: {done}; to continue, raise --num-epochs, --max-steps or --patience")
         return
-    run.learner.train()
-    begun = time.perf_counter()
-    with stop_at_step_boundary(run):
-        while not (run.done() or asked_to_stop(run) or no_more_patience(config)):
-            epoch = run.progress.epoch
-            train_epoch(run)
-            if run.progress.epoch > epoch:
-                save_here(run)
-            elif run.progress.batch:
-                say(f"saved {save_here(run)}")
-                copy_out(run)
-            if not run.stop_signal:
-                validate(run)
-    close_writer(run)
-    if no_more_patience(config):
-        say(f"stopped early: validation has brought nothing better for {config.patience} epochs (--patience)")
-    memory = peak_memory(run.device)
-    peak = f"; this process took {memory / 1e9:.1f} GB of memory at most" if memory else ""
-    say(f"trained in {time.perf_counter() - begun:.0f} s{peak}")
+    if is_early:
+        write(f"stopped early: no better validation score for {config.patience} epochs (--patience)")
+    memory = peak_memory(state.device)
+    write(f"trained in {seconds:.0f} s" + (f", peak memory {memory / 1e9:.1f} GB" if memory else ""))
 
 
-def validate(run: Run, unless_done: bool = False) -> None:
-    """The first process validates, and removes the checkpoints that are worth no more."""
-    if distributed.is_first():
-        if not (unless_done and validated(run)):
-            run_validation(run)
-        prune(run.config)
-        copy_out(run)
-
-
-def copy_out(run: Run) -> None:
-    if run.config.mirror_dir and distributed.is_first():
-        run.writer.flush()
-        push(run.config.folder, run.config.mirror_dir)
-
-
-def close_writer(run: Run) -> None:
-    if run.writer:
-        run.writer.close()
-
-
-def say(words: str) -> None:
-    if distributed.is_first():
-        tqdm.write(words)
-
-
-def no_more_patience(config: Config) -> bool:
-    return distributed.from_first(distributed.is_first() and out_of_patience(config))
-
-
-def out_of_patience(config: Config) -> bool:
-    """Whether the last `patience` epochs have brought nothing better (Prechelt, 1998)."""
-    found = merits([row for row in read_scores(config.folder) if row["batch"] == 0], config.best_by)
-    return 0 < config.patience < len(found) and max(found[-config.patience :]) <= max(found[: -config.patience])
+# ---------------------------------------------------------------------------- command line
 
 
 def trained_run(run_dir: str, preset: str = "toy", **overrides) -> str:
-    """The folder of a run, trained first where it holds no checkpoint yet: how the notebooks begin."""
-    if not weights_files(run_dir):
+    """`run_dir`, trained first if it holds no checkpoint: how the notebooks begin."""
+    if not RunFolder(run_dir).checkpoints():
         train_model(get_config(preset, run_dir=run_dir, **overrides))
     return run_dir
 
 
-def what_next(run: Run) -> None:
-    folder = run.config.folder
-    print("\nWhat to type next:")
-    print(f'  python translate.py --run-dir {folder} "A sentence."')
-    print(f"  python evaluate.py --run-dir {folder}")
-    print(f'  python visualize.py --run-dir {folder} "A sentence." --html attention.html')
-    print(f"  tensorboard --logdir {folder}/tensorboard")
+def parse_config(argv: list[str]) -> Config:
+    """The config of a command line: a preset, or the existing run in --run-dir, with the other flags over it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")
+    parser.add_argument("--run-dir", "--run_dir", nargs="?", default="")
+    given, _ = parser.parse_known_args(argv)
+    folder = RunFolder(given.run_dir or "")
+    if given.preset is None and given.run_dir and folder.config_file.is_file():
+        default = folder.load_config()
+    else:
+        default = get_config(given.preset or "opus_books")
+    return parse(Config, argv, default=default)
 
 
 def main(argv: list[str]) -> None:
-    run = train_model(parse_config(argv))
-    if run.stop_signal:
+    config = parse_config(argv)
+    state = train_model(config)
+    folder = RunFolder.of(config)
+    if state.stop_signal:
         if distributed.is_first():
-            print(f"stopped; to go on from here: python train.py --run-dir {run.config.folder}", file=sys.stderr)
-        sys.exit(128 + run.stop_signal)
+            print(f"stopped; to resume: python train.py --run-dir {folder}", file=sys.stderr)
+        sys.exit(128 + state.stop_signal)
     if distributed.is_first():
-        what_next(run)
+        print("\nNext:")
+        print(f'  python translate.py --run-dir {folder} "A sentence."')
+        print(f"  python evaluate.py --run-dir {folder}")
+        print(f'  python visualize.py --run-dir {folder} "A sentence." --html attention.html')
+        print(f"  tensorboard --logdir {folder.tensorboard}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Several processes that train as one: torchrun --nproc-per-node N train.py …
+"""Data-parallel training with several processes: torchrun --nproc-per-node N train.py …
 
-torchrun tells each process its rank and the number of processes, the world, in the environment.
-Where it did not, there is one process, and nothing here touches torch.distributed.
+torchrun sets the rank of each process and the number of processes (the world size) in the environment.
+Without torchrun there is one process, and torch.distributed is never called.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
@@ -32,50 +32,50 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prepares data, writes files and speaks."""
+    """Whether this is the process that prepares data, writes files and prints."""
     return rank() == 0
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The GPU of this process among those of its machine. Raises InputError where they are too few."""
+    """The GPU of this process on its machine. Raises InputError if there are fewer GPUs than processes."""
     if world_size() == 1 or device.type != "cuda":
         return device
-    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if here > gpus:
-        raise InputError(f"{here} processes on a machine with {gpus} GPUs; give torchrun --nproc-per-node {gpus}")
+    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if processes > gpus:
+        raise InputError(f"{processes} processes on a machine with {gpus} GPUs; use torchrun --nproc-per-node {gpus}")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the processes for the length of the block; GPU tensors travel by NCCL, others by gloo.
+    """Joins the processes while the block runs; GPU tensors are exchanged through NCCL, others through gloo.
 
-    A process whose peer has died gets an InputError: the words to look for are the other's.
+    If another process dies, this one raises InputError; the cause is in the output of the other.
     """
     if world_size() == 1:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=12))  # the first may validate for long
+    dist.init_process_group(backend, timeout=timedelta(hours=12))  # the others wait while the first validates
     try:
         yield
-        dist.barrier()  # one that left early would tear down threads that another still talks to
+        dist.barrier()  # a process that leaves early would close connections that others still use
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         raise InputError(
-            f"process {rank()}: another process of this run has ended; its own words say why, "
-            "and the same command goes on from the last checkpoint"
+            f"process {rank()}: another process of this run has ended; its output gives the reason, "
+            "and the same command resumes from the last checkpoint"
         ) from None
     finally:
         dist.destroy_process_group()
 
 
 def first_then_others(work: Callable[[], T]) -> T:
-    """Runs `work` in the first process, then in the others, which find what it has prepared.
+    """Runs `work` in the first process, then in the others, which find the files that the first has written.
 
-    Where it raises InputError in the first, that one reports it and the others leave quietly.
+    If it raises InputError in the first process, that process reports it and the others exit without a message.
     """
     if world_size() == 1:
         return work()
@@ -83,24 +83,29 @@ def first_then_others(work: Callable[[], T]) -> T:
         try:
             result = work()
         except InputError:
-            from_first(False)
+            broadcast(False)
             raise
-        from_first(True)
+        broadcast(True)
         return result
-    if not from_first(None):
+    if not broadcast(None):
         sys.exit(2)
     return work()
 
 
-def wrapped(learner: nn.Module, device: torch.device) -> nn.Module:
-    """The learner, whose backward pass averages gradients over the processes."""
+def averaging_gradients(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module; with several processes wrapped so that its backward pass averages gradients over them."""
     if world_size() == 1:
-        return learner
-    return DistributedDataParallel(learner, device_ids=[device.index] if device.type == "cuda" else None)
+        return module
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def from_first(value: T) -> T:
-    """The first process' value, in all of them; they wait for it here."""
+def without_averaging(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Context in which gradients accumulate locally: for all but the last batch of an optimizer step."""
+    return contextlib.nullcontext() if world_size() == 1 else module.no_sync()
+
+
+def broadcast(value: T) -> T:
+    """The value of the first process, in all of them. Blocks until every process has called it."""
     if world_size() == 1:
         return value
     values = [value]
@@ -109,7 +114,7 @@ def from_first(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, by rank, in each of them."""
+    """The values of all processes, ordered by rank, in all of them."""
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
@@ -117,16 +122,15 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def total(number: Number) -> Number:
-    """The sum over the processes."""
-    return reduced(number, "SUM")
+def sum_over_processes(number: Number) -> Number:
+    return all_reduce(number, "SUM")
 
 
-def largest(number: Number) -> Number:
-    return reduced(number, "MAX")
+def max_over_processes(number: Number) -> Number:
+    return all_reduce(number, "MAX")
 
 
-def reduced(number: Number, operation: str) -> Number:
+def all_reduce(number: Number, operation: str) -> Number:
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, dtype=torch.float64)
@@ -135,9 +139,9 @@ def reduced(number: Number, operation: str) -> Number:
 
 
 def own_counts(batches: int, accumulation: int) -> Iterator[int]:
-    """How many of so many batches are this process' own in each optimizer step.
+    """The number of batches that this process trains on in each optimizer step, of `batches` in all.
 
-    A step takes accumulation x world of them; at an epoch's end some processes may have none.
+    A step takes accumulation x world size batches; in the last step of an epoch a process may have none.
     """
     size = accumulation * world_size()
     for start in range(0, batches, size):
@@ -145,7 +149,7 @@ def own_counts(batches: int, accumulation: int) -> Iterator[int]:
 
 
 def own_batches(batches: Iterable[T], accumulation: int) -> Iterator[T]:
-    """This process' batches of those that all processes have alike; in a step without one, one to take in vain."""
+    """The batches that this process trains on; in a step without any, a dummy batch to take part with."""
     batches = iter(batches)
     while group := list(islice(batches, accumulation * world_size())):
         yield from group[rank() :: world_size()] or group[-1:]

@@ -1,8 +1,7 @@
-"""A second copy of a run on a disk that outlives the machine: a Drive on Colab, a network share.
+"""A verified copy of a run on another disk: Google Drive on Colab, or a network share.
 
-A run is written where it is trained, which is fast and certain; what has changed is then copied, and
-each checkpoint's copy is verified before it takes its name. A lost connection costs what was trained
-since the last copy.
+A run is written to the local disk, then the files that have changed are copied. A copied checkpoint is verified
+before it gets its name. If the machine is lost, so is only what was trained after the last copy.
 """
 
 import os
@@ -11,53 +10,54 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import InputError, checkpoint_age, weights_files
-from runs.checkpoint import DamagedCheckpoint, verify
+from config import InputError
+from runs.checkpoint import DamagedCheckpoint, temporary_path, verify
+from runs.folder import RunFolder, checkpoint_age, warn_skipped
 
 NOT_COPIED = (".lock",)
 
 
-def check_mounted(mirror_dir: str) -> None:
-    """Raises InputError where the folder that should hold the copy is not there, before anything is trained."""
-    parent = Path(mirror_dir).absolute().parent
+def check_mounted(mirror: RunFolder) -> None:
+    """Raises InputError if the parent folder of the copy does not exist."""
+    parent = mirror.path.absolute().parent
     if not parent.is_dir():
-        raise InputError(f"no folder {parent} for --mirror-dir; mount the Drive first, or make the folder")
+        raise InputError(f"no folder {parent} for --mirror-dir; mount the Drive first, or create the folder")
 
 
-def fetch(mirror_dir: str, run_dir: Path) -> bool:
-    """Brings the run back where the copy is ahead of what is here, say on a new machine; whether it was.
+def restore(mirror: RunFolder, run: RunFolder) -> bool:
+    """Copies the mirror into the run's folder if it is further ahead, as on a new machine; returns whether it was.
 
-    A checkpoint that is damaged there is named and left out. Raises InputError where the folder cannot be read.
+    Checkpoints that are damaged in the mirror are skipped with a warning. Raises InputError if it cannot be read.
     """
-    there, here = weights_files(mirror_dir), weights_files(run_dir)
-    if not there or (here and checkpoint_age(here[-1]) >= checkpoint_age(there[-1])):
+    copies, own = mirror.checkpoints(), run.checkpoints()
+    if not copies or (own and checkpoint_age(own[-1]) >= checkpoint_age(copies[-1])):
         return False
     try:
-        for path, copy in changed(Path(mirror_dir), run_dir):
+        for source, target in changed_files(mirror.path, run.path):
             try:
-                copy_file(path, copy)
+                copy_file(source, target)
             except DamagedCheckpoint as error:
-                print(f"warning: {path} is passed over: {error}", file=sys.stderr)
+                warn_skipped(source, error)
     except OSError as error:
-        raise InputError(f"{mirror_dir} cannot be brought back ({error}); mend it, or leave --mirror-dir out") from None
+        raise InputError(f"cannot restore the run from {mirror} ({error}); fix it, or omit --mirror-dir") from None
     return True
 
 
-def push(run_dir: Path, mirror_dir: str) -> None:
-    """Copies what has changed, then removes the checkpoints that the run has removed. A Drive that fails is told."""
+def update(mirror: RunFolder, run: RunFolder) -> None:
+    """Copies changed files to the mirror and removes checkpoints that the run has removed. Failures are warnings."""
     try:
-        for path, copy in changed(run_dir, Path(mirror_dir)):
-            copy_file(path, copy)
-        kept = {path.name for path in weights_files(run_dir)}
-        for path in weights_files(mirror_dir):
+        for source, target in changed_files(run.path, mirror.path):
+            copy_file(source, target)
+        kept = {path.name for path in run.checkpoints()}
+        for path in mirror.checkpoints():
             if path.name not in kept:
                 path.unlink()
     except (OSError, DamagedCheckpoint) as error:
-        print(f"warning: {mirror_dir} has no copy of the newest state ({error}); it is in {run_dir}", file=sys.stderr)
+        print(f"warning: the newest state was not copied to {mirror} ({error}); it is in {run}", file=sys.stderr)
 
 
-def changed(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
-    """The files of a run that the other side has not, or has otherwise, with their place there."""
+def changed_files(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
+    """Each file of a run that is missing or different on the other side, with its path there."""
     for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)
         if path.is_file() and path.name not in NOT_COPIED and not path.name.endswith(".tmp") and differs(path, copy):
@@ -65,20 +65,21 @@ def changed(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def differs(path: Path, copy: Path) -> bool:
+    """By size and modification time in seconds."""
     if not copy.is_file():
         return True
     a, b = path.stat(), copy.stat()
     return a.st_size != b.st_size or int(a.st_mtime) != int(b.st_mtime)
 
 
-def copy_file(path: Path, copy: Path) -> None:
-    """Copies under another name, verifies what arrived, then gives it the name."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+def copy_file(source: Path, target: Path) -> None:
+    """Copies to a temporary name, verifies the copy of a checkpoint, then renames it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(target)
     try:
-        shutil.copy2(path, temporary)
-        if path.suffix == ".pt":
+        shutil.copy2(source, temporary)
+        if source.suffix == ".pt":
             verify(temporary)
-        os.replace(temporary, copy)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Caches of the tests' own, and a Hub that nobody answers at, so that no test depends on a network.
+# Private caches and an unreachable Hub, so that no test depends on a network.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 
@@ -15,6 +15,16 @@ import torch  # noqa: E402
 from config import Config, get_config  # noqa: E402
 from corpora.toy import toy_pairs  # noqa: E402
 from model import Transformer, build_transformer  # noqa: E402
+from runs.folder import RunFolder  # noqa: E402
+
+
+def path_of(config: Config) -> Path:
+    return RunFolder.of(config).path
+
+
+def checkpoints(run: Config | Path | str) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return (RunFolder.of(run) if isinstance(run, Config) else RunFolder(run)).checkpoints()
 
 
 @pytest.fixture
@@ -28,7 +38,7 @@ def pairs_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_config(tmp_path: Path, pairs_file: Path) -> Config:
-    """A run that takes a second: 360 pairs, one small layer, dropout on."""
+    """A run that trains in a second: 360 pairs, one small layer, with dropout."""
     return get_config(
         "toy",
         run_dir=str(tmp_path / "run"),
@@ -65,7 +75,7 @@ def train_one_epoch(folder: Path, lang_tgt: str) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory) -> Path:
-    """One epoch of the real thing on the toy corpus, shared by the tests that need a run."""
+    """One epoch on the toy corpus, shared by the tests that need a trained run."""
     return train_one_epoch(tmp_path_factory.mktemp("trained") / "run", "it")
 
 

@@ -1,7 +1,6 @@
-"""Bad input, and input that only looks bad: exit status, one line with thing and fix, nothing changed on the disk.
+"""Bad and unusual input: the exit status, a one-line error with the remedy, and nothing changed on disk.
 
-Each case prepares a folder and gives the words of a command line. Commands run in this process, as
-their scripts run them.
+Each case prepares a folder and gives a command line, which runs in this process as its script would run it.
 """
 
 import io
@@ -16,19 +15,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import checkpoints
 
 import evaluate
 import train
 import translate
 import visualize
-from config import parse, run_command, weights_files
+from config import parse, run_command
 from corpora.toy import toy_pairs
 from runs import checkpoint
 from training import losses
+from training.log import TrainingLog
 
 SCRIPTS = {
     "train": train.main,
-    "translate": lambda argv: parse(translate.command, argv),
+    "translate": lambda argv: parse(translate.main, argv),
     "evaluate": lambda argv: parse(evaluate.command, argv),
     "attention": lambda argv: parse(visualize.command, argv),
 }
@@ -42,11 +43,11 @@ TINY = (
 
 @dataclass
 class Case:
-    """One bad input: what to do to the folder, what to type, what has to be said."""
+    """One input: how to prepare the folder, the command line, and the expected output."""
 
     name: str
     command: str
-    says: str  # a regular expression, in the error line where the status is 2, else anywhere
+    output: str  # a regular expression to find in the error line if the status is 2, otherwise anywhere
     arrange: Callable[[Path], object] = lambda folder: None
     status: int = 2
     stdin: bytes = b""
@@ -71,14 +72,14 @@ def in_config(**values) -> Callable[[Path], object]:
 
 def newest(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
-        path = weights_files(folder / "run")[-1]
+        path = checkpoints(folder / "run")[-1]
         path.write_bytes(change(path.read_bytes()))
 
     return damage
 
 
 def all_checkpoints(content: bytes) -> Callable[[Path], object]:
-    return lambda folder: [path.write_bytes(content) for path in weights_files(folder / "run")]
+    return lambda folder: [path.write_bytes(content) for path in checkpoints(folder / "run")]
 
 
 class Malicious:
@@ -87,20 +88,20 @@ class Malicious:
 
 
 def malicious(folder: Path) -> None:
-    for path in weights_files(folder / "run"):
+    for path in checkpoints(folder / "run"):
         torch.save({"model": Malicious()}, path)
         checkpoint._seal(path)
 
 
 def newer(folder: Path) -> None:
-    path = weights_files(folder / "run")[-1]
+    path = checkpoints(folder / "run")[-1]
     torch.save({**torch.load(path, weights_only=True), "schema": 99}, path)
     checkpoint._seal(path)
 
 
 def other_run(folder: Path) -> None:
-    """The newest checkpoint is one of another run, under the same name."""
-    path = weights_files(folder / "run")[-1]
+    """Replaces the newest checkpoint by one of another run, under the same name."""
+    path = checkpoints(folder / "run")[-1]
     state = torch.load(path, weights_only=True)
     torch.save({**state, "config": {**state["config"], "seed": 7}}, path)
     checkpoint._seal(path)
@@ -116,8 +117,8 @@ def source(name: str, *more: str) -> str:
 
 
 NEW = source("pairs.tsv")
-GO_ON = "train --run-dir run --num-epochs 3 --device cpu"
-SAY = "translate --run-dir run"
+RESUME = "train --run-dir run --num-epochs 3 --device cpu"
+TRANSLATE = "translate --run-dir run"
 
 CASES = [
     # data
@@ -142,45 +143,45 @@ CASES = [
     ),
     Case("missing language", source("a.csv"), "no language 'it'; it has en, fr: change", file("a.csv", "en,fr\n1,2\n")),
     Case("not Parquet", source("a.parquet"), "is not a Parquet file .*; write it again", file("a.parquet", "no")),
-    Case("all too long", NEW + " --seq-len 3", "no pair is left: .* have over 3 tokens; raise --seq-len"),
+    Case("all too long", NEW + " --seq-len 3", "no pairs remain: .* exceed 3 tokens; raise --seq-len"),
     Case(
         "all blank",
         source("a.tsv"),
-        "no words to learn from|no pair is left: 20 are blank",
+        "no word occurs twice|no pairs remain: 20 are blank",
         file("a.tsv", " \t \n" * 20),
     ),
     Case("too few to split", source("a.tsv"), "pairs are too few to split off 10%", file("a.tsv", "1\t2\n" * 5)),
-    Case("same language", NEW + " --lang-tgt en", "lang_tgt is 'en'; the same as lang_src"),
+    Case("same language", NEW + " --lang-tgt en", "lang_tgt is 'en'; give two different languages"),
     Case("no such toy language", "train --preset toy --lang-tgt fr", "no language 'fr'; it has en, it, de"),
     Case("no such toy split", "train --datasource toy:tset --run-dir new", "no split 'tset'; it has train"),
     Case("Hub out of reach", "train --run-dir new", "opus_books' is out of reach .*; use local files"),
-    Case("corpus changed", GO_ON, "the corpus has changed since .* restore it", fewer_pairs),
+    Case("corpus changed", RESUME, "the corpus has changed since .* restore it", fewer_pairs),
     Case(
-        "marks, returns, line separators",
+        "byte-order mark, carriage returns, line separators",
         source("a"),
-        "20 pairs|18 pairs",
+        "18 training pairs",
         files(a_en="\ufeffI see\u2028 it.\r\n" * 20, a_it="Vedo.\r\n" * 20),
         0,
     ),
     Case(
         "blank sides",
         source("a.tsv"),
-        "left out of training: .* pairs with a blank side",
+        "skipped in training: .* pairs with a blank side",
         file("a.tsv", "I see.\tVedo.\n" * 30 + "\tVedo.\n" * 30),
         0,
     ),
-    Case("some too long", NEW + " --seq-len 9", r"[1-9]\d* with over 9 tokens \(--seq-len\)", status=0),
+    Case("some too long", NEW + " --seq-len 9", r"[1-9]\d* with more than 9 tokens \(--seq-len\)", status=0),
     Case(
         "the same pairs in both parts",
         source("pairs.tsv", "--validation-source pairs.tsv"),
-        "validation pairs also stand in the training set",
+        "validation pairs that are also in the training set",
         status=0,
     ),
     Case("fewer than a batch", source("a.tsv"), "trained in", file("a.tsv", "I see.\tVedo.\n" * 12), 0),
     # config
     Case("unknown key", NEW + " --d-modle 8", "unknown flag --d-modle .did you mean --d-model"),
     Case("a word for a number", NEW + " --d-model eight", "d-model.*eight"),
-    Case("heads do not divide", NEW + " --num-heads 5", "d_model is 32; give a multiple of num_heads, which is 5"),
+    Case("heads do not divide", NEW + " --num-heads 5", "d_model is 32; give a multiple of num_heads .5"),
     Case("negative batch", NEW + " --batch-tokens -1", "batch_tokens is -1; give 0 or more"),
     Case("no epochs", NEW + " --num-epochs 0", "num_epochs is 0; give a number above 0"),
     Case("no learning rate", NEW + " --lr 0", r"lr is 0\.0; give a number above 0"),
@@ -190,28 +191,37 @@ CASES = [
     Case("out of the folder", NEW + " --lang-tgt ../x", "lang_tgt is '../x'; give letters"),
     Case("unknown preset", "train --preset tutorail", "no preset 'tutorail' .did you mean tutorial"),
     Case("sharing without a shared vocabulary", NEW + " --share-embeddings all", "needs --shared-vocab"),
-    Case("BPE-dropout of words", NEW + " --bpe-dropout 0.1", "bpe_dropout is 0.1; whole words cannot be cut"),
+    Case("BPE-dropout of words", NEW + " --bpe-dropout 0.1", "bpe_dropout is 0.1; a word tokenizer has no merges"),
     Case("bad preload", NEW + " --preload newest", "preload is 'newest'; give latest"),
     Case(
         "unknown key in the file",
-        SAY + " hi",
-        "unknown config key 'd_modell' .did you mean d_model",
+        TRANSLATE + " hi",
+        "unknown setting 'd_modell' .did you mean d_model",
         in_config(d_modell=8),
     ),
     Case(
-        "text for a number in the file", SAY + " hi", "d_model is '8', of type str; give a int", in_config(d_model="8")
+        "text for a number in the file",
+        TRANSLATE + " hi",
+        "d_model is '8', of type str; give a int",
+        in_config(d_model="8"),
     ),
-    Case("the file leads out of the folder", SAY + " hi", "lang_tgt is '../x'", in_config(lang_tgt="../x")),
-    Case("the file is no JSON", SAY + " hi", r"config\.json: .*restore", file("run/config.json", "{")),
-    Case("another architecture", GO_ON + " --d-ff 96", "d_ff 64 there, 96 now; give the old ones"),
+    Case("the file leads out of the folder", TRANSLATE + " hi", "lang_tgt is '../x'", in_config(lang_tgt="../x")),
+    Case("the file is no JSON", TRANSLATE + " hi", r"config\.json: .*restore", file("run/config.json", "{")),
+    Case("another architecture", RESUME + " --d-ff 96", "d_ff 64 there, 96 now; give the same ones"),
     Case("epochs done already", "train --run-dir run", "nothing left to train: 2 epochs", status=0),
     # command lines
-    Case("unknown flag", SAY + " --beam_sice 3 hi", "unknown flag --beam_sice .did you mean --beam-size"),
-    Case("two sentences", SAY + " hi there", "unknown extra argument there"),
-    Case("no beam", SAY + " --beam-size 0 hi", "--beam-size is 0; give 1"),
-    Case("more than the beam", SAY + " --beam-size 2 --n-best 3 hi", "--n-best is 3; give 1 to 2"),
-    Case("no such epoch", SAY + " --weights 7 hi", r"no weights '7' .* give best, latest or one of tmodel_00\.pt"),
-    Case("too many to average", SAY + " --average 7 hi", "2 of the checkpoints .* 7 wanted; lower --average"),
+    Case("unknown flag", TRANSLATE + " --beam_sice 3 hi", "unknown flag --beam_sice .did you mean --beam-size"),
+    Case("two sentences", TRANSLATE + " hi there", "unknown extra argument there"),
+    Case("no beam", TRANSLATE + " --beam-size 0 hi", "--beam-size is 0; give 1"),
+    Case("more than the beam", TRANSLATE + " --beam-size 2 --n-best 3 hi", "--n-best is 3; give 1 to 2"),
+    Case(
+        "no such epoch", TRANSLATE + " --weights 7 hi", r"no weights '7' .* give best, latest or one of tmodel_00\.pt"
+    ),
+    Case(
+        "too many to average",
+        TRANSLATE + " --average 7 hi",
+        "2 of the checkpoints .* --average needs 7; lower --average",
+    ),
     Case("source without reference", "evaluate --run-dir run --source pairs.tsv", "go together; give both"),
     Case("missing text", "evaluate --run-dir run --source a.en --reference a.it", r"no file a\.en"),
     Case("no test split", "evaluate --run-dir run --split test", "no test_source; name one"),
@@ -221,62 +231,71 @@ CASES = [
         "run folder is a file", source("pairs.tsv").replace("new", "pairs.tsv"), "pairs.tsv is a file; choose another"
     ),
     Case("no run there", "translate --run-dir nowhere hi", "no run in 'nowhere'"),
-    Case("no run at all", "translate hi", "no trained run under weights/; train one first"),
+    Case("no run at all", "translate hi", "no trained run in weights/; train one first"),
     # checkpoints
     Case(
-        "none yet",
-        SAY + " hi",
+        "no checkpoint yet",
+        TRANSLATE + " hi",
         "has no checkpoint yet; train it",
-        lambda f: [path.unlink() for path in weights_files(f / "run")],
+        lambda f: [path.unlink() for path in checkpoints(f / "run")],
     ),
-    Case("newest cut short", GO_ON, r"tmodel_01\.pt is passed over", newest(lambda b: b[:-50]), 0),
-    Case("newest flipped", GO_ON, r"tmodel_01\.pt is passed over", newest(lambda b: b[:99] + b"?" + b[100:]), 0),
-    Case("all empty", GO_ON, "no checkpoint in run can be read; restore one", all_checkpoints(b"")),
-    Case("all empty, translating", SAY + " hi", "0 of the checkpoints in run can be read", all_checkpoints(b"")),
-    Case("malicious", GO_ON, "no checkpoint in run can be read", malicious),
-    Case("malicious, translating", SAY + " hi", "0 of the checkpoints in run can be read", malicious),
-    Case("a newer version's", GO_ON, "was written by a newer version of this project; update it", newer),
-    Case("another run's", GO_ON, "was trained with other settings: seed 7 there, 42 now", other_run),
-    Case("no such epoch to go on from", GO_ON + " --preload 7", r"no checkpoint .*tmodel_07\.pt; there are"),
+    Case("newest truncated", RESUME, r"tmodel_01\.pt is skipped", newest(lambda b: b[:-50]), 0),
+    Case(
+        "newest with a flipped bit", RESUME, r"tmodel_01\.pt is skipped", newest(lambda b: b[:99] + b"?" + b[100:]), 0
+    ),
+    Case("all empty", RESUME, "no checkpoint in run can be read; restore one", all_checkpoints(b"")),
+    Case("all empty, translating", TRANSLATE + " hi", "0 of the checkpoints in run can be read", all_checkpoints(b"")),
+    Case("malicious", RESUME, "no checkpoint in run can be read", malicious),
+    Case("malicious, translating", TRANSLATE + " hi", "0 of the checkpoints in run can be read", malicious),
+    Case(
+        "checkpoint of a newer version",
+        RESUME,
+        "was written by a newer version of this project; update the project",
+        newer,
+    ),
+    Case("checkpoint of another run", RESUME, "was trained with other settings: seed 7 there, 42 now", other_run),
+    Case("no such epoch to resume from", RESUME + " --preload 7", r"no checkpoint .*tmodel_07\.pt; available"),
     Case(
         "tokenizer of another run",
-        SAY + " hi",
+        TRANSLATE + " hi",
         "is not the tokenizer that",
         lambda f: shutil.copy(f / "run/tokenizer_en.json", f / "run/tokenizer_it.json"),
     ),
     Case(
         "tokenizer missing",
-        SAY + " hi",
-        "no file .*tokenizer_it.json; the run's folder is not whole",
+        TRANSLATE + " hi",
+        "no file .*tokenizer_it.json; the run's folder is incomplete",
         lambda f: (f / "run/tokenizer_it.json").unlink(),
     ),
     Case(
-        "tokenizer spoilt",
-        SAY + " hi",
+        "tokenizer corrupt",
+        TRANSLATE + " hi",
         "is not a tokenizer .*copy the run's folder again",
         file("run/tokenizer_it.json", "{}"),
     ),
-    Case("scores spoilt", GO_ON, r"scores\.jsonl cannot be read", file("run/scores.jsonl", '{"epoch": 1')),
-    Case("orphans", GO_ON, "trained in", file("run/.tmodel_01.pt.99.tmp", "part"), 0),
+    Case("scores corrupt", RESUME, r"scores\.jsonl cannot be read", file("run/scores.jsonl", '{"epoch": 1')),
+    Case("orphans", RESUME, "trained in", file("run/.tmodel_01.pt.99.tmp", "part"), 0),
     # sentences
-    Case("nothing to translate", SAY + " ''", r"\A\n\Z", status=0),
-    Case("too long", SAY + f" '{'I ' * 99}'", "101 tokens is longer than the 64 .* split it"),
-    Case("a line too long", SAY, "warning: line 2 is left blank", status=0, stdin=b"I see.\n" + b"I " * 99 + b"\n"),
-    Case("unknown words", SAY + " 'Quasars 5'", "this run has never seen Quasars, 5", status=0),
+    Case("nothing to translate", TRANSLATE + " ''", r"\A\n\Z", status=0),
+    Case("too long", TRANSLATE + f" '{'I ' * 99}'", "101 tokens exceeds the limit of 64 .* split it"),
+    Case(
+        "a line too long", TRANSLATE, "warning: line 2 is left blank", status=0, stdin=b"I see.\n" + b"I " * 99 + b"\n"
+    ),
+    Case("unknown words", TRANSLATE + " 'Quasars 5'", "not in the vocabulary of this run: Quasars, 5", status=0),
     Case(
         "emoji, right to left, control characters",
-        SAY,
+        TRANSLATE,
         r"\A[^\n]*\n\Z",
         status=0,
         stdin="😀 \u202eשלום\u202c \x07\x1b[31m\n".encode(),
     ),
-    Case("stdin is not UTF-8", SAY, "stdin line 2 is not UTF-8", stdin=b"I see.\n\xff\n"),
+    Case("stdin is not UTF-8", TRANSLATE, "stdin line 2 is not UTF-8", stdin=b"I see.\n\xff\n"),
     # environment
-    Case("no such device", SAY + " --device tpu hi", "no device 'tpu'; choose one of auto"),
-    Case("loader worker killed", NEW, "a process that prepares batches was killed.* lower --num-workers"),
+    Case("no such device", TRANSLATE + " --device tpu hi", "no device 'tpu'; choose one of auto"),
+    Case("loader worker killed", NEW, "a data loader worker was killed.* lower --num-workers"),
     Case("out of memory", NEW, r"out of memory in a batch of \d+ sentences of \d+ tokens; lower --batch-tokens"),
     Case("disk full", NEW, "No space left on device; free some space"),
-    Case("loss not finite", NEW, "loss nan .* in the batch that begins .* the step was not made"),
+    Case("loss not finite", NEW, "loss nan .* in the batch that begins with .* the step was skipped"),
 ]
 if not torch.cuda.is_available():
     CASES.append(Case("no GPU", NEW + " --device cuda", "no cuda device on this machine; use --device auto"))
@@ -289,11 +308,11 @@ def raising(error: Exception) -> Callable:
     return fail
 
 
-# What the environment does in the cases that need it: the module, the function, its replacement.
+# Failures of the environment that some cases need: module, function, replacement.
 ENVIRONMENT = {
     "loader worker killed": (train, "islice", raising(RuntimeError("DataLoader worker (pid 7) is killed by signal"))),
     "out of memory": (train, "train_step", raising(torch.OutOfMemoryError())),
-    "disk full": (train.Meter, "log", raising(OSError(28, "No space left on device"))),
+    "disk full": (TrainingLog, "write", raising(OSError(28, "No space left on device"))),
     "loss not finite": (losses, "cross_entropy", lambda model, *_, **__: next(model.parameters()).sum() * float("nan")),
 }
 
@@ -341,10 +360,10 @@ def test_bad_input(case, folder, tmp_path, monkeypatch, capsys):
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     if case.status == 0:
         assert not errors
-        assert re.search(case.says, out if case.says.startswith(r"\A") else out + err, re.DOTALL), out + err
+        assert re.search(case.output, out if case.output.startswith(r"\A") else out + err, re.DOTALL), out + err
         assert not list(here.rglob(".*.tmp"))
         return
     assert len(errors) == 1, err
-    assert re.search(case.says, errors[0]), errors[0]
+    assert re.search(case.output, errors[0]), errors[0]
     if case.name not in ENVIRONMENT:
         assert contents(here) == before

@@ -8,6 +8,8 @@ from torch import nn
 
 from config import InputError
 from runs import checkpoint as c
+from runs.folder import RunFolder
+from translate import load_state_dict
 
 
 def state() -> dict:
@@ -41,19 +43,19 @@ def test_every_truncation_and_bit_flip_is_noticed(tmp_path):
 
 
 def test_the_newest_whole_checkpoint_is_used_and_the_damaged_one_named(tmp_path, capsys):
-    assert c.load_newest(tmp_path) is None
+    assert RunFolder(tmp_path).load_newest() is None
     for epoch in (9, 10):
         c.save_checkpoint(tmp_path / f"tmodel_{epoch:02d}.pt", {"epoch": epoch})
-    assert c.load_newest(tmp_path)[1]["epoch"] == 10
+    assert RunFolder(tmp_path).load_newest()[1]["epoch"] == 10
     newest = tmp_path / "tmodel_10.pt"
     newest.write_bytes(newest.read_bytes()[:-100])
-    path, found = c.load_newest(tmp_path)
+    path, found = RunFolder(tmp_path).load_newest()
     assert (path.name, found["epoch"]) == ("tmodel_09.pt", 9)
-    assert "tmodel_10.pt is passed over" in capsys.readouterr().err
+    assert "tmodel_10.pt is skipped" in capsys.readouterr().err
     assert newest.exists()
     (tmp_path / "tmodel_09.pt").write_bytes(b"")
     with pytest.raises(InputError, match=r"no checkpoint .* can be read"):
-        c.load_newest(tmp_path)
+        RunFolder(tmp_path).load_newest()
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -98,18 +100,18 @@ def test_a_newer_schema_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "_orig_mod.module."])
 def test_compiled_and_distributed_prefixes_load(prefix):
     source, target = nn.Linear(3, 2), nn.Linear(3, 2)
-    c.load_weights(target, {prefix + name: w for name, w in source.state_dict().items()})
+    load_state_dict(target, {prefix + name: w for name, w in source.state_dict().items()})
     assert torch.equal(source.weight, target.weight)
 
 
 def test_orphans_are_swept_and_set_aside_never_overwrites(tmp_path):
     (tmp_path / ".tmodel_03.pt.99.tmp").touch()
     (tmp_path / ".mine.tmp").mkdir()
-    c.sweep(tmp_path)
+    RunFolder(tmp_path).sweep()
     (tmp_path / ".mine.tmp").rmdir()  # what is not ours stays
     for content in (b"a", b"b"):
         file = tmp_path / "tmodel_00.pt"
         file.write_bytes(content)
-        assert c.set_aside([file]) == tmp_path / "set_aside"
+        assert RunFolder(tmp_path).set_aside([file]) == tmp_path / "set_aside"
     assert sorted(p.read_bytes() for p in (tmp_path / "set_aside").iterdir()) == [b"a", b"b"]
     assert [p.name for p in tmp_path.iterdir()] == ["set_aside"]

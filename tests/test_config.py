@@ -6,8 +6,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-import config as c
-from config import PRESETS, Config, InputError, get_config, parse, parse_config
+from config import PRESETS, Config, InputError, get_config, parse
+from runs import folder as f
+from runs.folder import RunFolder
+from train import parse_config
 
 
 def test_every_preset_is_valid_and_differs_from_the_defaults():
@@ -30,17 +32,17 @@ def test_flags_override_the_preset():
 
 
 def test_the_run_folder_follows_corpus_and_languages_unless_given():
-    assert str(parse_config(["--lang-tgt", "de"]).folder) == os.path.join("weights", "opus_books.en-de")
-    assert get_config(datasource="../my data/train.tsv").folder.name == "train.en-it"
-    assert str(get_config(run_dir="elsewhere").folder) == "elsewhere"
+    assert str(RunFolder.of(parse_config(["--lang-tgt", "de"]))) == os.path.join("weights", "opus_books.en-de")
+    assert RunFolder.of(get_config(datasource="../my data/train.tsv")).path.name == "train.en-it"
+    assert str(RunFolder.of(get_config(run_dir="elsewhere"))) == "elsewhere"
 
 
 def test_a_run_folder_brings_its_own_config(tmp_path):
-    c.save_config(get_config("toy", run_dir=str(tmp_path), d_ff=96))
+    RunFolder(tmp_path).save_config(get_config("toy", d_ff=96))
     config = parse_config(["--run-dir", str(tmp_path), "--num-epochs", "9"])
     assert (config.preset, config.d_ff, config.num_epochs, config.run_dir) == ("toy", 96, 9, str(tmp_path))
     moved = tmp_path.rename(tmp_path.with_name("moved"))
-    assert c.load_config(moved).folder == moved
+    assert RunFolder.of(RunFolder(moved).load_config()).path == moved
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_a_run_folder_brings_its_own_config(tmp_path):
         ({"lr_schedule": "cosin"}, ["lr_schedule", "cosine"]),
         ({"lang_src": "../en"}, ["lang_src", "../en"]),
         ({"lang_src": ".."}, ["lang_src"]),
-        ({"lang_tgt": "en"}, ["lang_tgt", "two languages"]),
+        ({"lang_tgt": "en"}, ["lang_tgt", "two different languages"]),
         ({"preload": "newest"}, ["preload", "latest"]),
         ({"shared_vocab": False}, ["share_embeddings", "--shared-vocab"]),
         ({"datasource": ""}, ["datasource", "toy"]),
@@ -104,7 +106,7 @@ def test_parse_calls_a_function_with_its_flags():
 
 def test_checkpoints_sort_as_numbers_and_a_closed_epoch_after_its_own_steps(tmp_path):
     config = get_config("toy", run_dir=str(tmp_path))
-    assert c.latest_weights_file_path(config) is None
+    assert f.latest_weights_file_path(config) is None
     names = [
         "tmodel_02.pt",
         "tmodel_99.pt",
@@ -114,16 +116,16 @@ def test_checkpoints_sort_as_numbers_and_a_closed_epoch_after_its_own_steps(tmp_
     ]
     for name in [*names[::-1], "tmodel_x.pt", "other.pt", ".tmodel_102.pt.1.tmp"]:
         (tmp_path / name).touch()
-    assert [path.name for path in c.weights_files(tmp_path)] == names
-    assert c.latest_weights_file_path(config).endswith(names[-1])
-    assert c.get_weights_file_path(config, "7").endswith("tmodel_07.pt")
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == names
+    assert f.latest_weights_file_path(config).endswith(names[-1])
+    assert f.get_weights_file_path(config, "7").endswith("tmodel_07.pt")
 
 
 @pytest.mark.parametrize("content", ["{", '{"d_modell": 3}', '{"d_model": "3"}', "[1]"])
 def test_a_spoilt_config_file_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"config\.json"):
-        c.load_config(tmp_path)
+        RunFolder(tmp_path).load_config()
 
 
 @pytest.mark.parametrize("script", ["train.py", "translate.py", "evaluate.py"])

@@ -10,6 +10,7 @@ import dataset as d
 from config import Config, InputError, get_config
 from corpora.sources import load_pairs
 from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, Batches, BilingualDataset, get_ds, make_loader
+from runs.folder import RunFolder
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -113,21 +114,21 @@ def test_a_large_corpus_is_shuffled_a_pool_at_a_time(small, many_pools, batch_to
 
 def test_a_tokenizer_sees_pairs_from_all_over_a_large_corpus(monkeypatch):
     pairs = datasets.Dataset.from_dict({"src": [str(i) for i in range(100)], "tgt": [""] * 100})
-    assert [text for batch in d.sample(pairs, at_once=5) for text in batch["src"]] == [str(i) for i in range(100)]
-    monkeypatch.setattr(d, "TOKENIZER_PAIRS", 40)
-    seen = [int(text) for batch in d.sample(pairs, at_once=5) for text in batch["src"]]
+    assert [text for batch in d.sample(pairs, chunk=5) for text in batch["src"]] == [str(i) for i in range(100)]
+    monkeypatch.setattr(d, "MAX_TOKENIZER_PAIRS", 40)
+    seen = [int(text) for batch in d.sample(pairs, chunk=5) for text in batch["src"]]
     assert seen == [first + i for first in (0, 12, 25, 37, 50, 62, 75, 87) for i in range(5)]
 
 
 def test_several_processes_encode_the_same(small, monkeypatch):
     config, _ = small
-    tokenizers = [d.load_tokenizer(d.tokenizer_path(config, lang)) for lang in ("en", "it")]
+    tokenizers = [d.load_tokenizer(RunFolder.of(config).tokenizer_file(lang)) for lang in ("en", "it")]
     pairs = load_pairs(config.datasource, config)
     pairs = datasets.concatenate_datasets([pairs, datasets.Dataset.from_dict({"src": ["[PAD]"], "tgt": ["[EOS]"]})])
     datasets.disable_caching()
     alone = BilingualDataset(pairs, *tokenizers, 11)
-    monkeypatch.setattr(d, "PAIRS_A_PROCESS", 100)
-    monkeypatch.setattr(d, "cores", lambda: 2)
+    monkeypatch.setattr(d, "PAIRS_PER_PROCESS", 100)
+    monkeypatch.setattr(d, "available_cores", lambda: 2)
     together = BilingualDataset(pairs, *tokenizers, 11)
     datasets.enable_caching()
     assert len(together.encoded.cache_files) == 2
@@ -172,7 +173,7 @@ def test_blank_and_overlong_pairs_are_counted_never_cut(tmp_path):
     # "a b c d" is 6 ids as a source; as a target the decoder reads 5 of them, which fit
     assert [data[[i]]["src_text"][0] for i in range(len(data))] == ["one", "z", "a b c"]
     assert (data.skipped_blank, data.skipped_long) == (3, 1)
-    with pytest.raises(InputError, match="no pair is left: 3 are blank, 0 have over 3"):
+    with pytest.raises(InputError, match="no pairs remain: 3 are blank, 0 exceed 3"):
         BilingualDataset(pairs.select(range(1, 4)), tokenizer, tokenizer, seq_len=3)
 
 

@@ -8,12 +8,13 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, checkpoints, path_of
 from test_train import final_state, flags, same
 
 from compute import distributed
-from config import Config, weights_files
-from runs.checkpoint import load_checkpoint, read_scores
+from config import Config
+from runs.checkpoint import load_checkpoint
+from runs.folder import RunFolder
 from train import train_model
 
 
@@ -36,7 +37,7 @@ def config(tiny_config) -> Config:
 
 
 def difference(a: Config, b: Config) -> float:
-    weights = [load_checkpoint(weights_files(config.folder)[-1])["model"] for config in (a, b)]
+    weights = [load_checkpoint(checkpoints(config)[-1])["model"] for config in (a, b)]
     return max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
 
 
@@ -48,13 +49,13 @@ def test_two_processes_make_the_steps_of_one(config, tmp_path):
     for each, processes, environment in ((one, 1, {}), (two, 2, {}), (mutant, 2, {"MEAN_OF_EACH_PROCESS": "1"})):
         done = run(each, processes, DOUBLE="1", **environment)
         assert done.returncode == 0, done.stderr
-    state = load_checkpoint(weights_files(two.folder)[-1])
+    state = load_checkpoint(checkpoints(two)[-1])
     assert state["progress"]["step"] == 52
-    assert state["progress"] == load_checkpoint(weights_files(one.folder)[-1])["progress"]
+    assert state["progress"] == load_checkpoint(checkpoints(one)[-1])["progress"]
     assert state["model"]["encoder.norm.weight"].dtype == torch.float64
     assert difference(one, two) < 1e-9
     assert difference(one, mutant) > 1e-4
-    losses = [[row["loss"] for row in read_scores(each.folder)] for each in (one, two)]
+    losses = [[row["loss"] for row in RunFolder.of(each).read_scores()] for each in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-9)
 
 
@@ -66,10 +67,10 @@ def test_a_process_dies_all_stop_and_the_same_command_ends_in_the_same_state(con
     assert done.stdout.count("2 processes") == done.stdout.count("trained in") == 1  # the first alone speaks
     broken = replace(config, run_dir=str(tmp_path / "broken"))
     assert run(broken, 2, DIE_AT_STEP="7").returncode != 0
-    assert load_checkpoint(weights_files(broken.folder)[-1])["progress"]["step"] == 6
+    assert load_checkpoint(checkpoints(broken)[-1])["progress"]["step"] == 6
     again = run(broken, 2)
     assert again.returncode == 0, again.stderr
-    assert "going on     from" in again.stdout
+    assert "resuming     from" in again.stdout
     assert same(final_state(broken), final_state(whole))
 
 
@@ -77,7 +78,7 @@ def test_bad_input_is_said_once_and_nobody_hangs(config):
     done = run(replace(config, datasource="none.tsv"), 2)
     assert done.returncode != 0
     assert done.stderr.count("error: no file none.tsv") == 1
-    assert not config.folder.exists()
+    assert not path_of(config).exists()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8])

@@ -1,10 +1,12 @@
 import shutil
 
 import pytest
+from conftest import checkpoints
 
-from config import InputError, weights_files
+from config import InputError
 from runs import mirror as m
 from runs.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
+from runs.folder import RunFolder
 
 
 @pytest.fixture
@@ -27,24 +29,24 @@ def names(folder) -> set[str]:
 def test_a_copy_is_whole_follows_the_run_and_brings_it_back(run, tmp_path):
     drive, elsewhere = tmp_path / "drive" / "run", tmp_path / "new" / "run"
     drive.parent.mkdir()
-    m.push(run, str(drive))
+    m.update(RunFolder(drive), RunFolder(run))
     assert names(drive) == {"config.json", "tensorboard/events", "tmodel_00.pt", "tmodel_01.pt"}
     save_checkpoint(run / "tmodel_02.pt", {"epoch": 2})
     (run / "tmodel_00.pt").unlink()
-    m.push(run, str(drive))
-    assert [path.name for path in weights_files(drive)] == ["tmodel_01.pt", "tmodel_02.pt"]
-    assert m.fetch(str(drive), elsewhere)
+    m.update(RunFolder(drive), RunFolder(run))
+    assert [path.name for path in checkpoints(drive)] == ["tmodel_01.pt", "tmodel_02.pt"]
+    assert m.restore(RunFolder(drive), RunFolder(elsewhere))
     assert names(elsewhere) == names(drive)
     assert load_checkpoint(elsewhere / "tmodel_02.pt")["epoch"] == 2
-    assert not m.fetch(str(drive), elsewhere)  # nothing newer there
-    assert not m.fetch(str(tmp_path / "empty"), elsewhere)
+    assert not m.restore(RunFolder(drive), RunFolder(elsewhere))  # nothing newer there
+    assert not m.restore(RunFolder(tmp_path / "empty"), RunFolder(elsewhere))
 
 
 def test_what_is_here_and_newer_stays(run, tmp_path):
     drive = tmp_path / "drive"
-    m.push(run, str(drive))
+    m.update(RunFolder(drive), RunFolder(run))
     save_checkpoint(run / "tmodel_02.pt", {"epoch": 2})
-    assert not m.fetch(str(drive), run)
+    assert not m.restore(RunFolder(drive), RunFolder(run))
     assert load_checkpoint(run / "tmodel_02.pt")["epoch"] == 2
 
 
@@ -53,16 +55,16 @@ def test_newer_is_by_epoch_and_step(tmp_path, older, newer):
     for folder, name in (("here", older), ("there", newer)):
         (tmp_path / folder).mkdir()
         save_checkpoint(tmp_path / folder / f"tmodel_{name}.pt", {})
-    assert not m.fetch(str(tmp_path / "here"), tmp_path / "there")
-    assert m.fetch(str(tmp_path / "there"), tmp_path / "here")
+    assert not m.restore(RunFolder(tmp_path / "here"), RunFolder(tmp_path / "there"))
+    assert m.restore(RunFolder(tmp_path / "there"), RunFolder(tmp_path / "here"))
 
 
 def test_only_what_changed_is_copied(run, tmp_path, monkeypatch):
-    m.push(run, str(tmp_path / "drive"))
+    m.update(RunFolder(tmp_path / "drive"), RunFolder(run))
     copied, copy_file = [], m.copy_file
     monkeypatch.setattr(m, "copy_file", lambda a, b: copied.append(a.name) or copy_file(a, b))
     (run / "config.json").write_text('{"changed": 1}')
-    m.push(run, str(tmp_path / "drive"))
+    m.update(RunFolder(tmp_path / "drive"), RunFolder(run))
     assert copied == ["config.json"]
 
 
@@ -75,9 +77,9 @@ def test_a_copy_that_arrives_damaged_never_takes_the_name(run, tmp_path, monkeyp
             target.write_bytes(target.read_bytes()[:-1])
 
     monkeypatch.setattr(shutil, "copy2", lossy)
-    m.push(run, str(drive))
-    assert "has no copy of the newest state" in capsys.readouterr().err
-    assert not weights_files(drive)
+    m.update(RunFolder(drive), RunFolder(run))
+    assert "the newest state was not copied to" in capsys.readouterr().err
+    assert not checkpoints(drive)
     assert not list(drive.rglob("*.tmp"))
     with pytest.raises(DamagedCheckpoint):
         m.copy_file(run / "tmodel_00.pt", drive / "tmodel_00.pt")
@@ -85,17 +87,17 @@ def test_a_copy_that_arrives_damaged_never_takes_the_name(run, tmp_path, monkeyp
 
 def test_a_checkpoint_damaged_on_the_drive_is_passed_over(run, tmp_path, capsys):
     drive, new = tmp_path / "drive", tmp_path / "new"
-    m.push(run, str(drive))
+    m.update(RunFolder(drive), RunFolder(run))
     (drive / "tmodel_01.pt").write_bytes(b"damaged")
-    assert m.fetch(str(drive), new)
-    assert [path.name for path in weights_files(new)] == ["tmodel_00.pt"]
-    assert "tmodel_01.pt is passed over" in capsys.readouterr().err
+    assert m.restore(RunFolder(drive), RunFolder(new))
+    assert [path.name for path in checkpoints(new)] == ["tmodel_00.pt"]
+    assert "tmodel_01.pt is skipped" in capsys.readouterr().err
 
 
 def test_a_drive_that_goes_away_is_told_and_one_that_is_not_there_refused(run, tmp_path, capsys):
     (tmp_path / "drive").write_text("no folder any more")
-    m.push(run, str(tmp_path / "drive"))
+    m.update(RunFolder(tmp_path / "drive"), RunFolder(run))
     assert "it is in" in capsys.readouterr().err
     with pytest.raises(InputError, match="mount the Drive first"):
-        m.check_mounted(str(tmp_path / "nowhere" / "run"))
-    m.check_mounted(str(tmp_path / "new"))
+        m.check_mounted(RunFolder(tmp_path / "nowhere" / "run"))
+    m.check_mounted(RunFolder(tmp_path / "new"))

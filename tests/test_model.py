@@ -127,7 +127,7 @@ def test_positions_are_the_papers_sines():
 
 def test_a_sentence_past_the_positions_is_refused(tiny_model):
     source, target = example(S=41)
-    with pytest.raises(ValueError, match="41 tokens are more than the 40 positions"):
+    with pytest.raises(ValueError, match="41 tokens exceed the 40 positions"):
         logits(tiny_model, source, target)
 
 

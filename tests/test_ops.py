@@ -20,7 +20,7 @@ def test_the_plain_loss_is_smoothed_cross_entropy_summed_over_tokens():
 @pytest.mark.parametrize("at_once", [1, 7 * 50, 1 << 20])  # logits: a token at a time, a ragged end, all
 @pytest.mark.parametrize("multiple", [1, 64])
 def test_fused_and_plain_loss_and_their_gradients_agree(smoothing, at_once, multiple, monkeypatch):
-    monkeypatch.setitem(ops.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(ops.LOGITS_PER_CHUNK, "cpu", at_once)
     monkeypatch.setitem(ops.VOCABULARY_MULTIPLE, "cpu", multiple)
     torch.manual_seed(0)
     projection, label = nn.Linear(16, 50).double(), torch.randint(0, 50, (40,))

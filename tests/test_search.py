@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dataset import EOS, PAD, SOS, padding_mask
 from model import causal_mask
-from search import Hypothesis, beam_search, greedy_decode, length_penalty
-from translate import CachedDecoder
+from search import Hypothesis, beam_search, greedy_decode, length_normalizer
+from translate import CachedDecoder, UncachedDecoder
 
 
 class Script:
@@ -60,7 +60,7 @@ class Chain:
         pass
 
 
-def every_hypothesis(chain: Chain, limit: int, alpha: float) -> list[Hypothesis]:
+def every_hypothesis(chain: Chain, limit: int, length_penalty: float) -> list[Hypothesis]:
     """All there are: those that end with [EOS] within the limit, and those that the limit cuts."""
     vocab = range(chain.log_p.size(-1))
     others = [i for i in vocab if i != EOS]
@@ -71,17 +71,17 @@ def every_hypothesis(chain: Chain, limit: int, alpha: float) -> list[Hypothesis]
                 path = [SOS, *ids, last]
                 log_p = sum(chain.log_p[t, a, b].item() for t, (a, b) in enumerate(itertools.pairwise(path)))
                 kept = [*ids] if last == EOS else [*ids, last]
-                found.append(Hypothesis(kept, log_p, log_p / float(length_penalty(length, alpha))))
+                found.append(Hypothesis(kept, log_p, log_p / float(length_normalizer(length, length_penalty))))
     return sorted(found, key=lambda h: -h.score)
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
-def test_a_beam_wide_enough_for_all_finds_the_best(seed, alpha):
+@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+def test_a_beam_wide_enough_for_all_finds_the_best(seed, length_penalty):
     """Five tokens, four steps: with room for every hypothesis nothing can be pruned or stopped too early."""
     chain = Chain(5, seed)
-    expected = every_hypothesis(chain, 4, alpha)
-    (found,) = beam_search(chain, torch.tensor([4]), beam_size=len(expected), alpha=alpha, n_best=10)
+    expected = every_hypothesis(chain, 4, length_penalty)
+    (found,) = beam_search(chain, torch.tensor([4]), len(expected), length_penalty, n_best=10)
     assert [h.ids for h in found] == [h.ids for h in expected[:10]]
     for a, b in zip(found, expected, strict=False):
         assert (a.log_probability, a.score) == pytest.approx((b.log_probability, b.score), abs=1e-5)
@@ -91,9 +91,9 @@ def test_a_beam_wide_enough_for_all_finds_the_best(seed, alpha):
 def test_stopping_early_changes_nothing(seed, monkeypatch):
     """The same search with the bound out of reach runs to the limit and must find the same."""
     limits = torch.tensor([17, 40, 23])
-    early = beam_search(Chain(12, seed), limits, beam_size=4, alpha=1.0, n_best=3)
+    early = beam_search(Chain(12, seed), limits, beam_size=4, length_penalty=1.0, n_best=3)
     monkeypatch.setattr("search.cannot_improve", lambda nth_best, bound: nth_best > math.inf)
-    assert beam_search(Chain(12, seed), limits, beam_size=4, alpha=1.0, n_best=3) == early
+    assert beam_search(Chain(12, seed), limits, beam_size=4, length_penalty=1.0, n_best=3) == early
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -103,24 +103,6 @@ def test_a_beam_of_one_is_greedy(seed):
     assert [h.ids for (h,) in beam_search(Chain(12, seed), limits, beam_size=1)] == greedy
 
 
-class Uncached:
-    """A Transformer as a StepDecoder that computes all positions anew at every step."""
-
-    def __init__(self, model, source: Tensor):
-        self.model, self.source, self.target = model, source, None
-
-    def step(self, ids: Tensor) -> Tensor:
-        column = ids.unsqueeze(1)
-        self.source = self.source.repeat_interleave(len(ids) // len(self.source), 0)  # of each hypothesis
-        self.target = column if self.target is None else torch.cat([self.target, column], 1)
-        mask = causal_mask(self.target.size(1))
-        return self.model(self.source, self.target, padding_mask(self.source), mask)[:, -1]
-
-    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
-        self.source = self.source[rows]
-        self.target = None if self.target is None else self.target[rows]
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("beam_size", [1, 2, 5])
 def test_cached_and_uncached_search_write_the_same(tiny_model, beam_size):
@@ -128,12 +110,12 @@ def test_cached_and_uncached_search_write_the_same(tiny_model, beam_size):
     source = torch.randint(4, 50, (6, 9))
     source[2, 5:] = source[4, 2:] = PAD
     limits = torch.tensor([20, 25, 30, 5, 25, 1])
-    ways = CachedDecoder(tiny_model, source, 30), Uncached(tiny_model, source)
+    decoders = CachedDecoder(tiny_model, source, 30), UncachedDecoder(tiny_model, source)
     if beam_size == 1:
-        cached, uncached = (greedy_decode(way, limits) for way in ways)
+        cached, uncached = (greedy_decode(decoder, limits) for decoder in decoders)
         assert cached == uncached
         return
-    cached, uncached = (beam_search(way, limits, beam_size, n_best=2) for way in ways)
+    cached, uncached = (beam_search(decoder, limits, beam_size, n_best=2) for decoder in decoders)
     assert [[h.ids for h in best] for best in cached] == [[h.ids for h in best] for best in uncached]
 
 
@@ -151,7 +133,7 @@ def test_log_probabilities_are_those_of_the_model(tiny_model):
             log_p = tiny_model(x, target, padding_mask(x), causal_mask(target.size(1))).log_softmax(-1)
             total = log_p.gather(-1, label.unsqueeze(-1)).sum().item()
             assert h.log_probability == pytest.approx(total, abs=1e-4)
-            assert h.score == pytest.approx(total / float(length_penalty(label.size(1), 0.6)), abs=1e-4)
+            assert h.score == pytest.approx(total / float(length_normalizer(label.size(1), 0.6)), abs=1e-4)
 
 
 @torch.inference_mode()

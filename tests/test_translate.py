@@ -5,13 +5,14 @@ import pytest
 import torch
 from conftest import ROOT
 
+from compute.device import choose_precision, get_device
 from config import InputError
 from corpora.toy import toy_pairs
 from dataset import EOS, SOS, padding_mask
 from model import causal_mask
-from runs.checkpoint import load_newest
+from runs.folder import RunFolder
 from search import greedy_decode
-from translate import CachedDecoder, Translator, choose_precision, get_device, translate, translate_lines
+from translate import CachedDecoder, Translator, translate, translate_lines
 
 SENTENCES = [
     "I can eat an apple.",
@@ -89,7 +90,7 @@ def test_the_encoder_runs_once(translator, monkeypatch):
 
 
 def test_a_run_is_loaded_in_one_call_wherever_it_stands(trained_run, translator, tmp_path, monkeypatch):
-    weights = load_newest(trained_run)[1]["model"]
+    weights = RunFolder(trained_run).load_newest()[1]["model"]
     assert all(torch.equal(w, weights[name]) for name, w in translator.model.state_dict().items())
     moved = tmp_path / "weights" / "moved"
     moved.parent.mkdir()
@@ -103,7 +104,7 @@ def test_a_run_is_loaded_in_one_call_wherever_it_stands(trained_run, translator,
 def test_unknown_words_and_overlong_sentences_are_said(translator, capsys):
     assert translator.unknown_words("I can eat a pizza with Bob.") == ["pizza", "with", "Bob"]
     long = "I " * 100
-    with pytest.raises(InputError, match="102 tokens is longer than the 64"):
+    with pytest.raises(InputError, match="102 tokens exceeds the limit of 64"):
         translator.translate([long])
     lines = list(translate_lines(translator, iter(["She sleeps.", long, "He sleeps."]), at_once=2))
     assert (lines[0] != "", lines[1], lines[2] != "") == (True, "", True)
@@ -127,7 +128,7 @@ def test_the_command_line(trained_run, translator, tmp_path):
     run = ["--run-dir", str(trained_run)]
     digits = shell(*run, "5")
     assert digits.returncode == 0
-    assert b"never seen 5" in digits.stderr
+    assert b"not in the vocabulary of this run: 5" in digits.stderr
     piped = shell(*run, input="\r\n".join(SENTENCES).encode())
     assert piped.stdout.decode().splitlines() == translator.translate(SENTENCES)
     bad = shell(*run, input=b"She sleeps.\n\xff\n")

@@ -16,15 +16,15 @@ torch.set_num_threads(1)
 if "DOUBLE" in os.environ:
     torch.set_default_dtype(torch.float64)
 if "MEAN_OF_EACH_PROCESS" in os.environ:  # the usual mistake
-    distributed.total = lambda number: max(1, number) * distributed.world_size()
+    distributed.sum_over_processes = lambda number: max(1, number) * distributed.world_size()
 
 if "DIE_AT_STEP" in os.environ and distributed.rank() == 1:
     step = train.train_step
 
-    def last_step(run, *args, **kwargs):
-        if run.progress.step == int(os.environ["DIE_AT_STEP"]):
+    def last_step(state, *args, **kwargs):
+        if state.progress.step == int(os.environ["DIE_AT_STEP"]):
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(run, *args, **kwargs)
+        return step(state, *args, **kwargs)
 
     train.train_step = last_step
 

@@ -1,78 +1,81 @@
-"""What training makes small.
+"""The training loss: cross-entropy with label smoothing, and R-Drop.
 
-B  sentences in the batch    T  target length in tokens    N  target tokens without padding
-D  width of the vectors      V  target vocabulary
+B  batch (sentences)          N  target tokens, without padding
+S  source length in tokens    D  d_model
+T  target length in tokens    V  target vocabulary
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compute.device import autocast
 from compute.ops import fused_loss
 from dataset import PAD
 from model import Transformer
 
 
-class Learner(nn.Module):
-    """A model with its loss, so that one call is all that a training step differentiates."""
+class LossInputs(NamedTuple):
+    """What the loss of a batch is computed from, on the model's device."""
 
-    def __init__(self, model: Transformer, label_smoothing: float, rdrop_alpha: float = 0.0):
+    encoder_input: Tensor  # (B, S)
+    decoder_input: Tensor  # (B, T)
+    encoder_mask: Tensor  # (B, 1, 1, S)
+    decoder_mask: Tensor  # (B, 1, T, T)
+    positions: Tensor  # (N,), where the flattened batch (B T) has a target token
+    label: Tensor  # (N,), that token
+
+    @classmethod
+    def of(cls, batch: dict, device: torch.device) -> "LossInputs":
+        """Positions are found on the host, where counting them needs no synchronization with a GPU."""
+        label = batch["label"].flatten()
+        positions = (label != PAD).nonzero().squeeze(1)
+        names = ("encoder_input", "decoder_input", "encoder_mask", "decoder_mask")
+        tensors = [*(batch[name] for name in names), positions, label[positions]]
+        return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+def count_target_tokens(batch: dict) -> int:
+    return int((batch["label"] != PAD).sum())
+
+
+class TrainingLoss(nn.Module):
+    """A model and its loss as one module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: Transformer, label_smoothing: float, rdrop_alpha: float = 0.0, precision: str = "fp32"):
         super().__init__()
-        self.model, self.label_smoothing, self.rdrop_alpha = model, label_smoothing, rdrop_alpha
+        self.model = model
+        self.label_smoothing, self.rdrop_alpha, self.precision = label_smoothing, rdrop_alpha, precision
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The loss summed over the target tokens of a batch, given as the arguments of `cross_entropy`."""
-        if self.rdrop_alpha:
-            return rdrop(self.model, *inputs, smoothing=self.label_smoothing, alpha=self.rdrop_alpha)
-        return cross_entropy(self.model, *inputs, smoothing=self.label_smoothing)
-
-
-def target_tokens(batch: dict) -> tuple[Tensor, Tensor]:
-    """Where in the flat batch (B T) the target tokens stand that are no padding, and their labels, each (N,).
-
-    Found where the batch was made, so that no device has to wait for the count.
-    """
-    label = batch["label"].flatten()
-    real = (label != PAD).nonzero().squeeze(1)
-    return real, label[real]
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """The loss in nats, summed over the N target tokens."""
+        with autocast(inputs.label.device, self.precision):
+            if self.rdrop_alpha:
+                return rdrop(self.model, inputs, self.label_smoothing, self.rdrop_alpha)
+            return cross_entropy(self.model, inputs, self.label_smoothing)
 
 
-def cross_entropy(
-    model: Transformer,
-    encoder_input: Tensor,
-    decoder_input: Tensor,
-    encoder_mask: Tensor,
-    decoder_mask: Tensor,
-    real: Tensor,
-    label: Tensor,
-    smoothing: float = 0.0,
-) -> Tensor:
-    """In nats, summed over the target tokens (N,); padding is left out before the projection."""
+def cross_entropy(model: Transformer, inputs: LossInputs, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy in nats, summed over the N target tokens; padding is removed before the projection."""
+    encoder_input, decoder_input, encoder_mask, decoder_mask, positions, label = inputs
     x = model.hidden(encoder_input, decoder_input, encoder_mask, decoder_mask)  # (B, T, D)
-    x = x.flatten(0, 1).index_select(0, real)  # (N, D)
-    return fused_loss(x, model.projection_layer.proj, label, smoothing)
+    x = x.flatten(0, 1).index_select(0, positions)  # (B T, D) -> (N, D)
+    return fused_loss(x, model.projection_layer.proj, label, label_smoothing)
 
 
-def rdrop(
-    model: Transformer,
-    encoder_input: Tensor,
-    decoder_input: Tensor,
-    encoder_mask: Tensor,
-    decoder_mask: Tensor,
-    real: Tensor,
-    label: Tensor,
-    smoothing: float,
-    alpha: float,
-) -> Tensor:
-    """R-Drop (Wu et al., 2021, equation 4), halved: two passes under different dropout, which should agree.
+def rdrop(model: Transformer, inputs: LossInputs, label_smoothing: float, alpha: float) -> Tensor:
+    """R-Drop (Wu et al., 2021, equation 4), halved, in nats, summed over the N target tokens.
 
-    The mean of their two losses, and alpha / 4 times the Kullback-Leibler divergence between their
-    predictions, both ways; summed over the target tokens (N,).
+    Two passes with different dropout masks: the mean of their cross-entropies, plus alpha / 4 times the symmetric
+    Kullback-Leibler divergence between their predictions.
     """
-    twice = [torch.cat([tensor, tensor]) for tensor in (encoder_input, decoder_input, encoder_mask, decoder_mask)]
-    x = model.hidden(*twice).unflatten(0, (2, -1)).flatten(1, 2)  # (2 B, T, D) -> (2, B T, D)
-    logits = model.project(x.index_select(1, real)).float()  # (2, N, V)
-    loss = F.cross_entropy(logits.flatten(0, 1), label.repeat(2), label_smoothing=smoothing, reduction="sum")
+    *tensors, positions, label = inputs
+    x = model.hidden(*(torch.cat([tensor, tensor]) for tensor in tensors))  # (2 B, T, D)
+    x = x.unflatten(0, (2, -1)).flatten(1, 2).index_select(1, positions)  # (2, B T, D) -> (2, N, D)
+    logits = model.project(x).float()  # (2, N, V)
+    loss = F.cross_entropy(logits.flatten(0, 1), label.repeat(2), label_smoothing=label_smoothing, reduction="sum")
     log_p, log_q = logits.log_softmax(-1)
     divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()  # KL(p, q) + KL(q, p)
     return loss / 2 + alpha / 4 * divergence

@@ -1,0 +1,95 @@
+"""Where a model computes and how: device, precision, memory."""
+
+import ctypes
+import sys
+
+import torch
+from torch import nn
+
+from config import InputError
+
+# The smallest model, in parameters, that `auto` runs in bf16 on a CPU. The time of a training step relative to fp32
+# is 0.5 for the base model (49 million), 0.64 for Multi30k's (2.6 million) and 0.75 for the toy model (0.9 million),
+# which stays in fp32 so that it gives the same run on every CPU (benchmarks/README.md).
+BF16_MIN_PARAMETERS = 2_000_000
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """The device of this name; `auto` is CUDA if available, then Apple's MPS, then the CPU.
+
+    Raises InputError for an unknown or unavailable device.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(candidate for candidate, is_available in available.items() if is_available)
+    if name not in available:
+        raise InputError(f"no device {name!r}; choose one of auto, {', '.join(available)}")
+    if not available[name]:
+        raise InputError(f"no {name} device on this machine; use --device auto")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, such as "NVIDIA A100-SXM4-40GB" or "8 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+
+
+def runs_asynchronously(device: torch.device) -> bool:
+    """Whether reading a tensor's value makes the host wait for the kernels queued before it."""
+    return device.type == "cuda"
+
+
+# ---------------------------------------------------------------------------- precision
+
+
+def choose_precision(requested: str, device: torch.device, model: nn.Module) -> str:
+    """fp32 or bf16. `auto` is bf16 if the device supports it natively and, on a CPU, the model is large enough."""
+    if requested not in ("auto", "fp32", "bf16"):
+        raise InputError(f"no precision {requested!r}; choose one of auto, fp32, bf16")
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    is_large = sum(p.numel() for p in model.parameters()) >= BF16_MIN_PARAMETERS
+    return "bf16" if device.type == "cpu" and is_large and cpu_supports_bf16() else "fp32"
+
+
+def cpu_supports_bf16() -> bool:
+    """Whether the processor has bf16 matrix instructions."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing from the oldest supported PyTorch
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which matrix products run in bf16 if `precision` is "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed memory of large tensors for the next ones instead of returning it to the system.
+
+    Otherwise each large tensor is mapped and faulted in page by page. On a CPU this speeds up beam search (beam 5) by
+    1.4 and a training step of the Multi30k model by 1.15. No effect with other C libraries.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        if mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 1 << 25):  # older versions allow 32 MiB at most
+            mallopt(trim_threshold, 1 << 30)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes allocated on a GPU, or resident in this process on a CPU; 0 where the system does not report it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource  # not available on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

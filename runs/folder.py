@@ -1,0 +1,341 @@
+"""All that a run has on disk: where its files are, what they are called, and how they are read and written.
+
+config.json                   all settings
+tokenizer_en.json, …          the tokenizer of each language
+tmodel_07.pt                  checkpoint after epoch 7
+tmodel_07_step_00001200.pt    checkpoint within epoch 7
+scores.jsonl                  one line per validation
+tensorboard/                  curves
+model.safetensors             instead of checkpoints: the weights of an exported run
+set_aside/                    checkpoints and scores of an earlier run in this folder
+.lock                         locked by the process that trains
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from config import INVOCATION_FIELDS, Config, InputError, reject_unknown
+from runs.checkpoint import (
+    DamagedCheckpoint,
+    load_checkpoint,
+    save_checkpoint,
+    weights_for_inference,
+    write_atomically,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+WEIGHTS_FOLDER = Path("weights")
+MODEL_BASENAME = "tmodel_"
+WEIGHTS_FILE = "model.safetensors"
+SET_ASIDE = "set_aside"
+
+
+class RunFolder:
+    """The folder of one run. It can be moved: nothing in it depends on its path."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @classmethod
+    def of(cls, config: Config) -> "RunFolder":
+        """The folder in which a config trains: run_dir, or weights/<corpus>.<src>-<tgt>."""
+        if config.run_dir:
+            return cls(config.run_dir)
+        corpus = re.sub(r"\.(tsv|csv|jsonl|parquet)$", "", Path(config.datasource.split(":")[0]).name)
+        corpus = re.sub(r"[^A-Za-z0-9._-]", "_", corpus)
+        return cls(WEIGHTS_FOLDER / f"{corpus}.{config.lang_src}-{config.lang_tgt}")
+
+    @classmethod
+    def find(cls, name: str | Path = "") -> "RunFolder":
+        """The run at this path, or the Hugging Face Hub repository NAME/NAME; without a name the latest trained run."""
+        if not name:
+            return cls.latest_trained()
+        is_path = Path(name).parent.is_dir() or Path(name).parent == WEIGHTS_FOLDER
+        if is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+            return cls(name)
+        try:
+            return cls(snapshot_download(str(name), allow_patterns=[WEIGHTS_FILE, "*.json"]))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"no folder {name}, and no such repository on the Hugging Face Hub ({reason})") from None
+
+    @classmethod
+    def latest_trained(cls) -> "RunFolder":
+        """The run under weights/ whose newest checkpoint was written last."""
+        runs = [cls(path) for path in WEIGHTS_FOLDER.glob("*") if cls(path).config_file.is_file()]
+        runs = [run for run in runs if run.checkpoints()]
+        if not runs:
+            raise InputError("no trained run in weights/; train one first: python train.py --preset toy")
+        return max(runs, key=lambda run: run.checkpoints()[-1].stat().st_mtime)
+
+    # ------------------------------------------------------------------------ files
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def scores_file(self) -> Path:
+        return self.path / "scores.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def exported_weights(self) -> Path:
+        return self.path / WEIGHTS_FILE
+
+    def tokenizer_file(self, lang: str) -> Path:
+        return self.path / f"tokenizer_{lang}.json"
+
+    def checkpoint(self, epoch: int, batch: int = 0, step: int = 0) -> Path:
+        """The file of a run that is about to train this batch of this epoch, after so many steps."""
+        name = f"{epoch:02d}_step_{step:08d}" if batch else f"{epoch - 1:02d}"
+        return self.path / f"{MODEL_BASENAME}{name}.pt"
+
+    def checkpoints(self) -> list[Path]:
+        """All checkpoints, oldest first. Numbers compare as numbers (100 after 99), an epoch's end after its steps."""
+        return sorted(filter(checkpoint_age, self.path.glob(f"{MODEL_BASENAME}*.pt")), key=checkpoint_age)
+
+    def epoch_checkpoints(self) -> list[Path]:
+        return [path for path in self.checkpoints() if ends_epoch(path)]
+
+    # ------------------------------------------------------------------------ config and scores
+
+    def save_config(self, config: Config) -> None:
+        kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in INVOCATION_FIELDS}
+        write_atomically(self.config_file, json.dumps(kept, indent=2) + "\n")
+
+    def load_config(self) -> Config:
+        path = self.config_file
+        if not path.is_file():
+            raise InputError(
+                f"no run in {str(self)!r}: it has no config.json; train one with python train.py --run-dir {self}"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf8"))
+            reject_unknown(values)
+            # Runs written before these settings existed kept every checkpoint and had one dropout probability.
+            inner = dict.fromkeys(("attention_dropout", "feed_forward_dropout"), values.get("dropout", 0.1))
+            return Config(**{"keep_checkpoints": 0, **inner, **values, "run_dir": str(self)})
+        except (ValueError, TypeError, InputError) as error:
+            raise InputError(f"{path}: {error}; restore the file, or train in another --run-dir") from None
+
+    def read_scores(self) -> list[dict]:
+        """One dict per validation, oldest first: epoch, batch, step, loss, and bleu, chrf, … where measured."""
+        path = self.scores_file
+        if not path.is_file():
+            return []
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read ({error}); remove the damaged line, or restore the file") from None
+
+    def write_scores(self, rows: list[dict]) -> None:
+        write_atomically(self.scores_file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def drop_scores_after(self, step: int) -> None:
+        """Removes the scores of validations after this step, which an earlier attempt wrote."""
+        rows = self.read_scores()
+        kept = [row for row in rows if row["step"] <= step]
+        if kept != rows:
+            self.write_scores(kept)
+
+    # ------------------------------------------------------------------------ writing checkpoints
+
+    def save(self, state: dict) -> Path:
+        """Writes a checkpoint and returns its path. Of those saved within epochs, it and the one before are kept."""
+        path = self.checkpoint(**state["progress"])
+        save_checkpoint(path, state)
+        within_epoch = [file for file in self.checkpoints() if not ends_epoch(file)]
+        position = within_epoch.index(path) if path in within_epoch else -1
+        keep = within_epoch[max(0, position - 1) : position + 1]
+        for old in within_epoch:
+            if old not in keep:
+                old.unlink(missing_ok=True)
+        return path
+
+    def prune(self, keep: int, best_by: str) -> None:
+        """Removes the checkpoints of all epochs but the latest `keep` (0: all) and the best."""
+        if keep:
+            epochs = self.epoch_checkpoints()
+            best = next((path for path in self.best_first(best_by) if path in epochs), None)
+            for path in epochs[:-keep]:
+                if path != best:
+                    path.unlink(missing_ok=True)
+
+    def set_aside(self, files: list[Path]) -> Path | None:
+        """Moves files into set_aside/ without overwriting earlier ones; returns that folder, None without files."""
+        folder = self.path / SET_ASIDE
+        for path in files:
+            folder.mkdir(exist_ok=True)
+            names = (f"{path.stem}{f'_{i}' if i else ''}{path.suffix}" for i in count())
+            os.replace(path, next(folder / name for name in names if not (folder / name).exists()))
+        return folder if files else None
+
+    def sweep(self) -> None:
+        """Removes the temporary files that a killed process left."""
+        for kind in (f"{MODEL_BASENAME}*.pt", "config.json", "tokenizer_*.json", "scores.jsonl"):
+            for path in self.path.glob(f".{kind}.*.tmp"):
+                path.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------ reading checkpoints
+
+    def load_newest(self) -> tuple[Path, dict] | None:
+        """The newest checkpoint that is not damaged, with its state; None if there is no checkpoint.
+
+        Damaged ones are skipped with a warning. Raises InputError if all are damaged.
+        """
+        files = self.checkpoints()
+        for path in reversed(files):
+            try:
+                return path, load_checkpoint(path)
+            except DamagedCheckpoint as error:
+                warn_skipped(path, error)
+        if files:
+            raise InputError(f"no checkpoint in {self} can be read; restore one, or train in another --run-dir")
+        return None
+
+    def load_weights(
+        self, weights: str = "best", average: int = 1, best_by: str = "loss"
+    ) -> tuple[Path, dict[str, Tensor], dict]:
+        """The weights for inference of one checkpoint: its path, the weights, and its whole state.
+
+        `weights` is best (by the validation score `best_by`), latest or an epoch number. With `average` they are the
+        mean over that many epochs, the best or the latest (Vaswani et al., 2017, section 6.1). Damaged files are
+        skipped with a warning. Raises InputError if too few are left.
+        """
+        files = self.candidates(weights, average, best_by)
+        loaded: list[tuple[Path, dict]] = []
+        mean: dict[str, Tensor] = {}
+        for path in files:
+            try:
+                state = load_checkpoint(path)
+            except FileNotFoundError:  # just removed by a training process
+                continue
+            except DamagedCheckpoint as error:
+                warn_skipped(path, error)
+                continue
+            update_mean(mean, weights_for_inference(state), len(loaded) + 1)
+            loaded.append((path, state if not loaded else {}))
+            if len(loaded) == average:
+                return loaded[0][0], mean, loaded[0][1]
+        if not files and average == 1:
+            raise InputError(f"the run {self} has no checkpoint yet; train it with python train.py --run-dir {self}")
+        raise InputError(
+            f"{len(loaded)} of the checkpoints in {self} can be read, --average needs {average}; "
+            "lower --average, restore one, or train with a higher --keep-checkpoints"
+        )
+
+    def candidates(self, weights: str, average: int, best_by: str) -> list[Path]:
+        """The checkpoints that may be used, in order of preference; only those at the end of an epoch are averaged."""
+        if average < 1:
+            raise InputError(f"--average is {average}; give 1 or more")
+        if weights in ("best", "latest"):
+            files = self.best_first(best_by) if weights == "best" else self.checkpoints()[::-1]
+            return files if average == 1 else [path for path in files if ends_epoch(path)]
+        if average > 1:
+            raise InputError(f"--average {average} goes with --weights best or latest, not with one epoch")
+        files = self.checkpoints()
+        found = [path for path in files if path.stem == f"{MODEL_BASENAME}{weights.zfill(2)}"]
+        if not found:
+            available = ", ".join(path.name for path in files) or "none"
+            raise InputError(f"no weights {weights!r} in {self}: give best, latest or one of {available}")
+        return found
+
+    def best_first(self, best_by: str) -> list[Path]:
+        """The checkpoints by validation score, the newer first among equals; those without a score come last."""
+        rows = self.read_scores()
+        names = [self.checkpoint(row["epoch"], row["batch"], row["step"]).name for row in rows]
+        score = dict(zip(names, merits(rows, best_by), strict=True))
+        newest_first = reversed(self.checkpoints())
+        return sorted(newest_first, key=lambda path: score.get(path.name, -math.inf), reverse=True)
+
+    # ------------------------------------------------------------------------ one process at a time
+
+    def check_writable(self) -> None:
+        """Raises InputError if a run cannot be written here. Creates nothing."""
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise InputError(f"{existing} is a file; choose another --run-dir")
+        if self.exported_weights.is_file():
+            raise InputError(f"{self} holds exported weights, which cannot be trained; choose another --run-dir")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"cannot write into {existing}; fix its permissions or choose another --run-dir")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run's lock; raises InputError if another process holds it. It is released when the process ends."""
+        with (self.path / ".lock").open("w") as file:
+            if fcntl:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(
+                        f"another process is training in {self}; wait for it, or choose another --run-dir"
+                    ) from None
+            yield
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises InputError unless the folder is new or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already exists; give a new or an empty folder")
+
+
+def checkpoint_age(path: Path) -> tuple[int, float] | None:
+    """Epoch and step in a checkpoint's name, which sort in order of training; None for any other name."""
+    match = re.fullmatch(rf"{MODEL_BASENAME}(\d+)(?:_step_(\d+))?\.pt", path.name)
+    return match and (int(match[1]), int(match[2]) if match[2] else math.inf)
+
+
+def ends_epoch(path: Path) -> bool:
+    return "_step_" not in path.name
+
+
+def merits(rows: list[dict], best_by: str) -> list[float]:
+    """A number per validation, higher is better: the score `best_by` if every row has it, otherwise minus the loss."""
+    by_score = best_by != "loss" and all(best_by in row for row in rows)
+    return [row[best_by] if by_score else -row["loss"] for row in rows]
+
+
+def update_mean(mean: dict[str, Tensor], new: dict[str, Tensor], count: int) -> None:
+    """Makes `mean` the mean of `count` sets of weights, `new` being the last. (A tied matrix has several names.)"""
+    mean |= {name: mean[name] + (weight - mean[name]) / count if count > 1 else weight for name, weight in new.items()}
+
+
+def warn_skipped(path: Path, error: DamagedCheckpoint) -> None:
+    print(f"warning: {path} is skipped: {error}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------- the tutorial's names
+
+
+def get_weights_file_path(config: Config, epoch: int | str) -> str:
+    """The checkpoint after one epoch, such as weights/toy.en-it/tmodel_07.pt."""
+    return str(RunFolder.of(config).checkpoint(int(epoch) + 1))
+
+
+def latest_weights_file_path(config: Config) -> str | None:
+    """The newest checkpoint, or None."""
+    files = RunFolder.of(config).checkpoints()
+    return str(files[-1]) if files else None

@@ -1,0 +1,87 @@
+"""What is reported while training: loss, gradient norm and speed, to TensorBoard and the progress bar."""
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from compute import distributed
+from config import InputError
+from runs.folder import RunFolder
+
+
+class StepReport(NamedTuple):
+    """One optimizer step. Loss and norm stay on the device, so that reporting does not wait for it."""
+
+    loss: Tensor  # nats per target token
+    gradient_norm: Tensor
+    tokens: int  # target tokens of all processes
+    text: str  # source text of its first sentence
+
+
+class TrainingLog:
+    """Collects step reports and writes their means; `check_finite` stops a run whose loss has diverged."""
+
+    def __init__(self, folder: RunFolder, step: int):
+        """Continues the curves after this step; what an interrupted run wrote beyond it is hidden."""
+        is_first = distributed.is_first()
+        self.writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1) if is_first else None
+        self.unchecked: list[tuple[int, StepReport]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        self.loss, self.gradient_norm, self.tokens, self.start = 0.0, 0.0, 0, time.perf_counter()
+
+    def add(self, step: int, report: StepReport) -> None:
+        self.unchecked.append((step, report))
+        self.loss, self.gradient_norm = self.loss + report.loss * report.tokens, report.gradient_norm
+        self.tokens += report.tokens
+
+    def check_finite(self) -> None:
+        """Raises InputError for the first step since the last check whose loss or gradient norm is not finite.
+
+        Reading the values makes a GPU wait, so this is not called after every step there.
+        """
+        reports, self.unchecked = self.unchecked, []
+        if not reports:
+            return
+        values = torch.stack([torch.stack([r.loss, r.gradient_norm.to(r.loss)]) for _, r in reports]).tolist()
+        for (step, report), (loss, norm) in zip(reports, values, strict=True):
+            if not math.isfinite(loss + norm):
+                raise InputError(
+                    f"loss {loss:.4g} and gradient norm {norm:.4g} at step {step}, in the batch that begins with "
+                    f"{report.text[:60]!r}; the step was skipped: "
+                    "lower --lr or check the data, then resume from the last checkpoint with the same command"
+                )
+
+    def write(self, step: int, learning_rate: float) -> str:
+        """Writes the means since the last call, and returns them as a line. All processes must call it."""
+        values = {
+            "loss": distributed.sum_over_processes(float(self.loss)) / distributed.world_size() / self.tokens,
+            "lr": learning_rate,
+            "tokens_per_second": self.tokens / (time.perf_counter() - self.start),
+            "gradient_norm": float(self.gradient_norm),
+        }
+        self.add_scalars("train", values, step)
+        self.clear()
+        return f"loss {values['loss']:.3f}, lr {values['lr']:.1e}, {values['tokens_per_second']:,.0f} tokens/s"
+
+    def add_scalars(self, group: str, values: dict[str, float], step: int) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        if self.writer:
+            self.writer.add_text(name, text, step)
+
+    def flush(self) -> None:
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()

@@ -1,0 +1,71 @@
+"""Which checkpoint a run resumes from, and whether it fits the present settings and corpus."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from config import FIXED_FIELDS, Config, InputError
+from dataset import BilingualDataset
+from runs.checkpoint import DamagedCheckpoint, load_checkpoint
+from runs.folder import RunFolder
+from translate import check_tokenizers
+
+
+class ResumePoint(NamedTuple):
+    """The checkpoint to resume from, if any, and the files of the folder that would conflict with the run."""
+
+    path: Path | None
+    state: dict | None
+    conflicting: list[Path]
+
+
+def find_resume_point(folder: RunFolder, config: Config) -> ResumePoint:
+    """What `preload` selects: the newest readable checkpoint, that of an epoch, or none."""
+    files = folder.checkpoints()
+    scores = [folder.scores_file] if folder.scores_file.is_file() else []
+    if config.preload == "none":
+        return ResumePoint(None, None, files + scores)
+    found = folder.load_newest() if config.preload == "latest" else load_epoch(folder, int(config.preload))
+    if found is None:
+        return ResumePoint(None, None, scores)
+    path, state = found
+    check_same_settings(config, state["config"], path)
+    later = files[files.index(path) + 1 :] if config.preload != "latest" else []
+    return ResumePoint(path, state, later)
+
+
+def load_epoch(folder: RunFolder, epoch: int) -> tuple[Path, dict]:
+    path = folder.checkpoint(epoch + 1)
+    if not path.is_file():
+        available = ", ".join(file.name for file in folder.checkpoints()) or "none"
+        raise InputError(f"no checkpoint {path}; available: {available}")
+    try:
+        return path, load_checkpoint(path)
+    except DamagedCheckpoint as error:
+        raise InputError(f"{path} is damaged ({error}); choose another epoch, or --preload latest") from None
+
+
+def check_same_settings(config: Config, saved: dict, path: Path) -> None:
+    """Raises InputError if a setting differs that determines the weights or the order of the data."""
+    saved = {**asdict(Config()), **saved}  # a setting that did not exist yet had its default
+    changed = [
+        f"{name} {saved[name]!r} there, {getattr(config, name)!r} now"
+        for name in FIXED_FIELDS
+        if saved[name] != getattr(config, name)
+    ]
+    if changed:
+        raise InputError(
+            f"{path} was trained with other settings: {'; '.join(changed)}; "
+            "give the same ones, another --run-dir, or --preload none"
+        )
+
+
+def check_same_data(folder: RunFolder, config: Config, train: BilingualDataset, resume_point: ResumePoint) -> None:
+    """Raises InputError if the corpus or the tokenizers differ from those of the checkpoint."""
+    path, state, _ = resume_point
+    if state["corpus"] != train.fingerprint:
+        raise InputError(
+            f"the corpus has changed since {path} was saved ({state['corpus'].split()[0]} training pairs then, "
+            f"{len(train)} now); restore it, or train in another --run-dir"
+        )
+    check_tokenizers(folder, config, state, path)

@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM while training."""
+
+import os
+import signal
+import sys
+import threading
+
+from tqdm import tqdm
+
+from compute import distributed
+
+
+class StopSignal:
+    """Context in which SIGINT or SIGTERM requests that the loop save and stop. A second one stops at once."""
+
+    def __init__(self):
+        self.own = 0  # the signal that this process received
+        self.number = 0  # the signal that any process received
+        self.previous: dict = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # only this thread can set signal handlers
+            self.process = os.getpid()
+            self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame) -> None:
+        if os.getpid() != self.process:  # a data loader worker inherits this handler; it ends with the main process
+            return
+        self.own = number
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write(f"{signal.Signals(number).name}: saving after this step; repeat to stop at once", file=sys.stderr)
+
+    def received(self) -> bool:
+        """Whether any process received a signal. All must call it, so that all stop after the same step."""
+        self.number = distributed.max_over_processes(self.own)
+        return self.number > 0
