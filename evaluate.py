@@ -14,7 +14,7 @@ import tyro
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from config import InputError, parse, run_command
-from corpora.sources import check_aligned, lines_of, load_split
+from corpora.sources import check_aligned, load_split, read_text_file
 from translate import Translator, blank_long, check_search
 
 
@@ -81,7 +81,7 @@ def command(
     translator = Translator.load(run_dir, device, weights, average, precision)
     if source:
         check_aligned([Path(source), Path(reference)])
-        sources, references = list(lines_of(source)), list(lines_of(reference))
+        sources, references = list(read_text_file(source)), list(read_text_file(reference))
     else:
         pairs = load_split(translator.config, split)
         sources, references = list(pairs["src"]), list(pairs["tgt"])

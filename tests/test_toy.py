@@ -144,7 +144,8 @@ def test_no_held_out_pairing_occurs_in_training(lang_tgt):
         assert len(held_out[split]) >= 40
         assert any(first in VERB for first, _ in held_out[split])
         assert any(first in ADJECTIVE for first, _ in held_out[split])
-        assert not held_out[split] & in_training
+        leaked = held_out[split] & in_training
+        assert not leaked
         for pairings in found[split]:
             assert pairings & held_out[split]
             assert pairings - in_training
