@@ -138,9 +138,7 @@ def read_lines(file: Iterable[bytes], name: str) -> Iterator[str]:
         try:
             text = line.decode("utf8").rstrip("\r\n")
         except UnicodeDecodeError:
-            raise InputError(
-                f"{name} line {number} is not UTF-8; convert it, for example with iconv"
-            ) from None
+            raise InputError(f"{name} line {number} is not UTF-8; convert it, e.g. with iconv -t utf8") from None
         yield text.removeprefix("\ufeff") if number == 1 else text
 
 
