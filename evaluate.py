@@ -78,7 +78,7 @@ def main(
         average: average the weights of this many epochs, the best or the latest
         bleu_tokenizer: sacreBLEU's tokenizer; none for text that is already tokenized
         device: auto, cuda, mps or cpu
-        precision: of the matrix products with weights: fp32, bf16, or auto, the faster one for device and model
+        precision: data type of matrix products with weights: fp32, bf16, or auto (the faster for this device and model)
         as_json: print one JSON object
     """
     if bool(source) != bool(reference):

@@ -21,7 +21,7 @@ LANGUAGES = ("en", "it", "de")
 SPLIT_SIZES = {"train": 24_000, "validation": 1_000, "test": 1_000}  # sentence pairs
 
 # ---------------------------------------------------------------------------- the lexicon
-# Columns are separated by |, the forms of a word by spaces; _ stands for a space within a form.
+# Columns are separated by |, the forms of a word by spaces; _ is a space within a form.
 
 # English | Italian, gender | German, gender | kind. A third German form is the accusative singular.
 NOUN_TABLE = """
@@ -311,7 +311,7 @@ def english(clause: Clause) -> RoleWords:
     do = "does" if third_person else "do"
     subject = _english_phrase(clause.subject, "subject")
     negation = [("not", "negation")] if clause.negated else []
-    # In a question the subject stands between `before` and `after`; otherwise it precedes both.
+    # In a question the subject comes between `before` and `after`; otherwise it precedes both.
     if clause.verb is None:
         before = [(TO_BE["en"].split()[clause.person], "be")]
         after = [*negation, (clause.predicate.en, "predicate")]
