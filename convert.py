@@ -1,12 +1,19 @@
-"""Brings weights trained with the video's own code into a run of this project, to translate and to look inside.
+"""Converts weights trained with the tutorial's own code into a run of this project.
 
 python convert.py --weights tmodel_19.pt --tokenizer-src tokenizer_en.json --tokenizer-tgt tokenizer_it.json \\
     --lang-src en --lang-tgt it --run-dir weights/mine
 
-Two things differ there. Its LayerNorm divides by the unbiased standard deviation plus 1e-6, ours by the
-root of the biased variance plus 1e-5: for D features the unbiased one is larger by sqrt(D / (D - 1)),
-which goes into the scale. What the epsilons leave, 5e-6 over the variance, is not converted. And its
-alpha and bias may be single numbers for all features.
+Only LayerNorm differs. For D features, the tutorial computes
+
+    alpha * (x - mean) / (unbiased standard deviation + 1e-6) + bias
+
+and PyTorch's LayerNorm
+
+    weight * (x - mean) / sqrt(biased variance + 1e-5) + bias
+
+The unbiased standard deviation is larger than the biased one by a factor of sqrt(D / (D - 1)), so the conversion sets
+weight = alpha * sqrt((D - 1) / D). The different epsilons are not converted: they change the output by a factor of
+about 1 + 5e-6 / variance. The tutorial's alpha and bias may be single numbers; they are repeated for all D features.
 """
 
 import math
@@ -24,7 +31,7 @@ from export import UNKNOWN_CORPUS, to_safetensors
 from translate import Translator, get_model
 
 
-def convert(
+def main(
     weights: str,
     tokenizer_src: str,
     tokenizer_tgt: str,
@@ -33,21 +40,21 @@ def convert(
     run_dir: str,
     num_heads: int = 8,
 ) -> None:
-    """Writes a folder that translate.py, evaluate.py, visualize.py and the notebooks take as a run.
+    """Writes a run that translate.py, evaluate.py, visualize.py and the notebooks can use.
 
     Args:
-        weights: a checkpoint of the video's train.py
+        weights: a checkpoint written by the tutorial's train.py
         tokenizer_src: the tokenizer file of the source language
         tokenizer_tgt: the tokenizer file of the target language
         lang_src: the source language, such as en
         lang_tgt: the target language, such as it
-        run_dir: the folder to write, new or empty
-        num_heads: attention heads, 8 in the video; the weights do not tell, and a wrong number translates badly
+        run_dir: the folder to write; it must be new or empty
+        num_heads: attention heads, 8 in the tutorial; the weights do not tell, a wrong number translates badly
     """
     folder = Path(run_dir)
     check_new_folder(folder)
     state = read_weights(Path(weights))
-    shape = architecture(state, Path(weights))
+    sizes = architecture(state, Path(weights))
     config = get_config(
         "tutorial",
         run_dir=run_dir,
@@ -56,64 +63,70 @@ def convert(
         lang_tgt=lang_tgt,
         num_heads=num_heads,
         dropout=0.1,
-        **shape,
+        **sizes,
     )
     tokenizers = [load_tokenizer(Path(path)) for path in (tokenizer_src, tokenizer_tgt)]
     model = get_model(config, *(tokenizer.get_vocab_size() for tokenizer in tokenizers))
     try:
-        model.load_state_dict(dict(renamed(state)))
+        model.load_state_dict(convert_weights(state))
     except RuntimeError as error:
-        raise InputError(f"{weights} does not fit the tokenizers or is not of the video's code ({error})") from None
+        raise InputError(
+            f"the weights in {weights} do not fit the tokenizers or are not from the tutorial's code ({error})"
+        ) from None
     folder.mkdir(parents=True, exist_ok=True)
     for lang, path in ((lang_src, tokenizer_src), (lang_tgt, tokenizer_tgt)):
         shutil.copy(path, folder / f"tokenizer_{lang}.json")
     to_safetensors(Translator(model, config, *tokenizers), folder)
     print(f'wrote {folder}; try: python translate.py --run-dir {folder} "A sentence."')
-    print(f"to score it: python evaluate.py --run-dir {folder} --source FILE --reference FILE")
+    print(f"to evaluate it: python evaluate.py --run-dir {folder} --source FILE --reference FILE")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise InputError(f"no file {path}; give a checkpoint of the video's train.py")
+        raise InputError(f"no file {path}; give a checkpoint of the tutorial's train.py")
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"])
     except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, ValueError):
-        raise InputError(f"{path} is not a checkpoint of the video's train.py, or damaged; give another") from None
+        raise InputError(
+            f"{path} is damaged or not a checkpoint of the tutorial's train.py; give another file"
+        ) from None
 
 
 def architecture(state: dict[str, Tensor], path: Path) -> dict[str, int]:
-    """Sizes that the shapes of the weights tell."""
+    """The settings of `Config` that follow from the weights' names and shapes."""
 
-    def layers(part: str) -> int:
-        found = [re.match(rf"{part}\.layers\.(\d+)\.", name) for name in state]
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+    def count_layers(part: str) -> int:
+        matches = [re.match(rf"{part}\.layers\.(\d+)\.", name) for name in state]
+        return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
     try:
         return {
             "d_model": state["src_embed.embedding.weight"].size(1),
             "d_ff": state["encoder.layers.0.feed_forward_block.linear_1.weight"].size(0),
-            "encoder_layers": layers("encoder"),
-            "decoder_layers": layers("decoder"),
+            "encoder_layers": count_layers("encoder"),
+            "decoder_layers": count_layers("decoder"),
             "seq_len": state["src_pos.pe"].size(1),
         }
     except (LookupError, AttributeError) as error:
         raise InputError(
-            f"{path} is not the video's model ({error}); give a checkpoint of the video's train.py"
+            f"{path} is not the tutorial's model ({error}); give a checkpoint of the tutorial's train.py"
         ) from None
 
 
-def renamed(state: dict[str, Tensor]):
-    """The weights under our names: LayerNorm's alpha is rescaled, and the sines are computed, not stored."""
+def convert_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under this project's names, with LayerNorms rescaled; positional encodings are not stored here."""
     D = state["src_embed.embedding.weight"].size(1)
+    weights = {}
     for name, weight in state.items():
         if name.endswith(".pe"):
             continue
         if ".norm." in name:
-            weight = weight.expand(D).clone()
+            weight = weight.expand(D).clone()  # (1,) or (D,) -> (D,)
             if name.endswith(".alpha"):
                 name, weight = name.removesuffix("alpha") + "weight", weight * math.sqrt((D - 1) / D)
-        yield name, weight
+        weights[name] = weight
+    return weights
 
 
 if __name__ == "__main__":
-    run_command(lambda argv: parse(convert, argv))
+    run_command(lambda argv: parse(main, argv))

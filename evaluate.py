@@ -1,4 +1,4 @@
-"""Scores of translations: BLEU, chrF, character and word error rates, exact matches.
+"""Evaluation: translates a split or a file with a trained run, and scores the translations.
 
 python evaluate.py --split test
 python evaluate.py --source test.en --reference test.it
@@ -14,14 +14,18 @@ import tyro
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from config import InputError, parse, run_command
-from corpora.sources import check_aligned, lines_of, load_split
+from corpora.sources import check_aligned, load_split, read_text_file
 from translate import Translator, blank_long, check_search
 
 
 def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13a") -> dict[str, float]:
-    """BLEU and chrF (sacreBLEU), error rates and the share that is exactly right, all in percent."""
+    """Corpus-level scores, all from 0 to 100 except the error rates, which have no upper limit.
+
+    bleu and chrf are sacreBLEU's; cer and wer are the character and word error rates in percent; exact is the
+    percentage of translations that match their reference exactly.
+    """
     return {
-        # force: that text is tokenized is known where the tokenizer is "none"
+        # force silences the warning about tokenized text, which is expected with the tokenizer "none".
         "bleu": sacrebleu.corpus_bleu(
             predicted, [references], tokenize=bleu_tokenizer, force=bleu_tokenizer == "none"
         ).score,
@@ -33,19 +37,19 @@ def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13
 
 
 def signature(bleu_tokenizer: str = "13a", metric: Literal["bleu", "chrf"] = "bleu") -> str:
-    """sacreBLEU's own description of how a score was computed, to be quoted beside it."""
+    """sacreBLEU's description of how a score was computed, to be reported with it."""
     scorer = sacrebleu.BLEU(tokenize=bleu_tokenizer) if metric == "bleu" else sacrebleu.CHRF()
     scorer.corpus_score(["a"], [["a"]])
     return str(scorer.get_signature())
 
 
 def format_scores(scores: dict[str, float]) -> str:
-    names = {"bleu": "BLEU", "chrf": "chrF", "cer": "CER", "wer": "WER", "exact": "exactly right"}
-    unit = {"cer": "%", "wer": "%", "exact": "%"}
-    return "   ".join(f"{names[key]} {value:.1f}{unit.get(key, '')}" for key, value in scores.items())
+    names = {"bleu": "BLEU", "chrf": "chrF", "cer": "CER", "wer": "WER", "exact": "exact match"}
+    units = {"cer": "%", "wer": "%", "exact": "%"}
+    return "   ".join(f"{names[key]} {value:.1f}{units.get(key, '')}" for key, value in scores.items())
 
 
-def command(
+def main(
     run_dir: str = "",
     split: Literal["validation", "test"] = "validation",
     source: str = "",
@@ -59,41 +63,44 @@ def command(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Translates a split, or a file, with a trained run and scores it; sentences too long for the run count as blank.
+    """Translates a split or a file with a trained run and scores it.
+
+    Sentences longer than the run's seq_len count as blank translations.
 
     Args:
-        run_dir: the run's folder; empty: the run trained last
-        split: which part of the run's own corpus
-        source: a text file to translate in place of a split
-        reference: the file with its translations
+        run_dir: the run's folder; empty: the most recently trained run
+        split: the part of the run's own corpus to translate
+        source: a text file to translate instead of a split, one sentence per line
+        reference: the file with its reference translations
         beam_size: hypotheses kept at every step; 1: greedy search
-        length_penalty: 0 favours short translations, 1 and more long ones
+        length_penalty: 0 favors short translations, higher values longer ones
         weights: best (on the validation set), latest, or an epoch's number
-        average: average the weights of so many epochs, the best or the latest
-        bleu_tokenizer: sacreBLEU's; none for text that is tokenized already
+        average: average the weights of this many epochs, the best or the latest
+        bleu_tokenizer: sacreBLEU's tokenizer; none for text that is already tokenized
         device: auto, cuda, mps or cpu
-        precision: of the products with weights: fp32, bf16, or auto, the faster one for device and model
+        precision: data type of matrix products with weights: fp32, bf16, or auto (the faster for this device and model)
         as_json: print one JSON object
     """
     if bool(source) != bool(reference):
-        raise InputError("--source and --reference go together; give both, or neither for the run's own split")
+        raise InputError("--source and --reference go together; give both, or neither to score the run's own split")
     check_search(beam_size, length_penalty)
     translator = Translator.load(run_dir, device, weights, average, precision)
     if source:
         check_aligned([Path(source), Path(reference)])
-        sources, references = list(lines_of(source)), list(lines_of(reference))
+        sources, references = list(read_text_file(source)), list(read_text_file(reference))
     else:
         pairs = load_split(translator.config, split)
         sources, references = list(pairs["src"]), list(pairs["tgt"])
+    name = source or f"{split} split"
     if not sources:
-        raise InputError(f"{source or split} holds no sentence")
-    begun = time.perf_counter()
+        raise InputError(f"{name} contains no sentences; give a file or split with at least one")
+    start = time.perf_counter()
     predicted = translator.translate(blank_long(translator, sources), beam_size, length_penalty, progress=True)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     scores = score(predicted, references, bleu_tokenizer)
-    about = {
+    details = {
         "run": str(translator.config.folder),
-        "of": source or f"{split} split",
+        "of": name,
         "sentences": len(sources),
         "weights": translator.weights,
         "average": average,
@@ -104,14 +111,14 @@ def command(
     }
     bleu_signature, chrf_signature = signature(bleu_tokenizer), signature(metric="chrf")
     if as_json:
-        print(json.dumps({**about, **scores, "signature": bleu_signature, "chrf_signature": chrf_signature}))
+        print(json.dumps({**details, **scores, "signature": bleu_signature, "chrf_signature": chrf_signature}))
     else:
         line = "{run}, {weights}, {of}, {sentences:,} sentences, beam {beam_size}, {precision}, {seconds:.1f} s"
-        print(line.format(**about))
+        print(line.format(**details))
         print(format_scores(scores))
         print(f"BLEU signature {bleu_signature}")
         print(f"chrF signature {chrf_signature}")
 
 
 if __name__ == "__main__":
-    run_command(lambda argv: parse(command, argv))
+    run_command(lambda argv: parse(main, argv))

@@ -1,8 +1,10 @@
-"""A trained run for other programs: as a CTranslate2 model, or as safetensors for the Hugging Face Hub.
+"""Export of a trained run to CTranslate2, or to safetensors for the Hugging Face Hub.
 
 python export.py --output-dir fast                       # CTranslate2, float32
 python export.py --output-dir fast --quantization int8
 python export.py --output-dir hub --form safetensors     # then: hf upload NAME hub
+
+D  d_model
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from dataset import EOS, SOS, SPECIAL_TOKENS, UNK, tokenizer_path
 from model import DecoderBlock, EncoderBlock, MultiHeadAttentionBlock, PositionalEncoding
 from translate import WEIGHTS_FILE, Translator
 
-UNKNOWN_CORPUS = "unknown"  # the datasource of weights that came from elsewhere
+UNKNOWN_CORPUS = "unknown"  # the datasource of converted weights (convert.py)
 Quantization = Literal["float32", "int8", "int16", "float16", "bfloat16"]
 
 # ---------------------------------------------------------------------------- CTranslate2
@@ -32,7 +34,7 @@ Quantization = Literal["float32", "int8", "int16", "float16", "bfloat16"]
 def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization: Quantization = "float32") -> None:
     """Writes the model and its tokenizers into a folder that `ctranslate2.Translator` loads.
 
-    It reads and writes token strings; [SOS] and [EOS] around the source it adds itself.
+    That translator takes and returns token strings, and adds [SOS] and [EOS] to the source itself.
     """
     model, config = translator.model, translator.config
     spec = TransformerSpec.from_config((config.encoder_layers, config.decoder_layers), config.num_heads, pre_norm=True)
@@ -41,7 +43,7 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
         (spec.decoder, model.tgt_embed, model.tgt_pos),
     ):
         table = side.embeddings[0] if isinstance(side.embeddings, list) else side.embeddings
-        table.weight = array(embeddings.embedding.weight)
+        table.weight = to_numpy(embeddings.embedding.weight)
         set_positions(side, positions)
     for block, layer in zip(spec.encoder.layer, model.encoder.layers, strict=True):
         set_encoder_block(block, layer)
@@ -50,8 +52,8 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
     set_norm(spec.encoder.layer_norm, model.encoder.norm)
     set_norm(spec.decoder.layer_norm, model.decoder.norm)
     set_linear(spec.decoder.projection, model.projection_layer.proj)
-    spec.register_source_vocabulary(tokens_of(translator.tokenizer_src))
-    spec.register_target_vocabulary(tokens_of(translator.tokenizer_tgt))
+    spec.register_source_vocabulary(vocabulary(translator.tokenizer_src))
+    spec.register_target_vocabulary(vocabulary(translator.tokenizer_tgt))
     spec.config.unk_token = SPECIAL_TOKENS[UNK]
     spec.config.bos_token = spec.config.decoder_start_token = SPECIAL_TOKENS[SOS]
     spec.config.eos_token = SPECIAL_TOKENS[EOS]
@@ -64,12 +66,13 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
     copy_tokenizers(translator, Path(output_dir))
 
 
-def array(tensor: Tensor) -> np.ndarray:
-    """A copy: the specification quantizes in place, and the model goes on being used."""
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A float32 copy, because CTranslate2 quantizes in place and must not change the model."""
     return tensor.detach().float().cpu().numpy().copy()
 
 
-def tokens_of(tokenizer: Tokenizer) -> list[str]:
+def vocabulary(tokenizer: Tokenizer) -> list[str]:
+    """All tokens, in the order of their ids."""
     return [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
 
 
@@ -89,13 +92,16 @@ def set_decoder_block(block, layer: DecoderBlock) -> None:
 def set_attention(
     spec: attention_spec.MultiHeadAttentionSpec, block: MultiHeadAttentionBlock, norm: nn.LayerNorm, fused: str
 ) -> None:
-    """`fused`: what CTranslate2 keeps in one matrix, queries, keys and values or, in cross-attention, the last two."""
+    """Copies one attention block and the norm before it.
+
+    `fused` names the projections that CTranslate2 keeps in one matrix: qkv in self-attention, kv in cross-attention.
+    """
     set_norm(spec.layer_norm, norm)
-    matrices = {"q": block.w_q, "k": block.w_k, "v": block.w_v}
+    projections = {"q": block.w_q, "k": block.w_k, "v": block.w_v}
     if fused == "kv":
         set_linear(spec.linear[0], block.w_q)
-    place = spec.linear[0 if fused == "qkv" else 1]
-    place.weight = array(torch.cat([matrices[name].weight for name in fused]))  # (2 D or 3 D, D)
+    fused_linear = spec.linear[0 if fused == "qkv" else 1]
+    fused_linear.weight = to_numpy(torch.cat([projections[name].weight for name in fused]))  # (3 D, D) or (2 D, D)
     set_linear(spec.linear[-1], block.w_o)
 
 
@@ -106,24 +112,27 @@ def set_feed_forward(spec, block: nn.Module, norm: nn.LayerNorm) -> None:
 
 
 def set_linear(spec: common_spec.LinearSpec, linear: nn.Linear) -> None:
-    spec.weight = array(linear.weight)
+    spec.weight = to_numpy(linear.weight)
     if linear.bias is not None:
-        spec.bias = array(linear.bias)
+        spec.bias = to_numpy(linear.bias)
 
 
 def set_norm(spec: common_spec.LayerNormSpec, norm: nn.LayerNorm) -> None:
-    spec.gamma, spec.beta = array(norm.weight), array(norm.bias)
+    spec.gamma, spec.beta = to_numpy(norm.weight), to_numpy(norm.bias)
 
 
 def set_positions(spec, positions: PositionalEncoding) -> None:
-    spec.position_encodings.encodings = array(positions.pe)
+    spec.position_encodings.encodings = to_numpy(positions.pe)
 
 
 # ---------------------------------------------------------------------------- safetensors
 
 
 def to_safetensors(translator: Translator, output_dir: str | Path) -> None:
-    """Writes weights, config.json, tokenizers and a model card; `Translator.load` reads the folder, or its Hub name."""
+    """Writes weights, config.json, tokenizers and a model card.
+
+    `Translator.load` reads the folder, or the Hub repository it was uploaded to.
+    """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_model(translator.model, str(folder / WEIGHTS_FILE))
@@ -142,25 +151,26 @@ def copy_tokenizers(translator: Translator, folder: Path) -> None:
 def model_card(translator: Translator) -> str:
     config = translator.config
     parameters = sum(p.numel() for p in translator.model.parameters())
-    corpus = Path(config.datasource).name if Path(config.datasource).parent.is_dir() else config.datasource  # no paths
+    is_path = Path(config.datasource).parent.is_dir()
+    corpus = Path(config.datasource).name if is_path else config.datasource  # publish no local paths
     trained = "" if config.datasource == UNKNOWN_CORPUS else f", trained on {corpus}"
     return f"""---
 language: ["{config.lang_src}", "{config.lang_tgt}"]
 pipeline_tag: translation
 ---
-A Transformer for translation from {config.lang_src} to {config.lang_tgt}{trained}:
-{config.encoder_layers} encoder and {config.decoder_layers} decoder layers of width {config.d_model},
-{parameters:,} parameters.
+A Transformer that translates from {config.lang_src} to {config.lang_tgt}{trained}:
+{config.encoder_layers} encoder and {config.decoder_layers} decoder layers,
+d_model {config.d_model}, {parameters:,} parameters.
 
 ```python
 from translate import Translator
 
-print(Translator.load("THIS/NAME").translate(["A sentence."]))
+print(Translator.load("USER/MODEL").translate(["A sentence."]))
 ```
 """
 
 
-def command(
+def main(
     output_dir: str,
     run_dir: str = "",
     form: Literal["ctranslate2", "safetensors"] = "ctranslate2",
@@ -168,20 +178,20 @@ def command(
     weights: str = "best",
     average: int = 1,
 ) -> None:
-    """Writes a trained run in the form of another program.
+    """Exports a trained run to another format.
 
     Args:
-        output_dir: the folder to write, new or empty
-        run_dir: the run's folder; empty: the run trained last
-        form: ctranslate2, a fast C++ engine; or safetensors, for the Hugging Face Hub
-        quantization: of the CTranslate2 model's weights
+        output_dir: the folder to write; it must be new or empty
+        run_dir: the run's folder; empty: the most recently trained run
+        form: ctranslate2, a fast C++ inference engine; or safetensors, for the Hugging Face Hub
+        quantization: data type of the CTranslate2 model's weights
         weights: best (on the validation set), latest, or an epoch's number
-        average: average the weights of so many epochs, the best or the latest
+        average: average the weights of this many epochs, the best or the latest
     """
     folder = Path(output_dir)
     check_new_folder(folder)
     translator = Translator.load(run_dir, "cpu", weights, average)
-    partial = folder.with_name(f".{folder.name}.tmp")  # a full disk leaves the whole or nothing
+    partial = folder.with_name(f".{folder.name}.tmp")  # renamed at the end: a full disk leaves no partial export
     try:
         if form == "ctranslate2":
             to_ctranslate2(translator, partial, quantization)
@@ -198,4 +208,4 @@ def command(
 
 
 if __name__ == "__main__":
-    run_command(lambda argv: parse(command, argv))
+    run_command(lambda argv: parse(main, argv))

@@ -1,9 +1,13 @@
-"""Corpora: a source of sentence pairs, of whatever kind, to its pairs, and these to a seeded split."""
+"""Corpora: loads the sentence pairs of any kind of source, and splits them into training and validation.
+
+`load_pairs` loads one source: the toy corpus, a local file, two aligned text files, or a Hub dataset. `load_split`
+chooses the source for training, validation or test, and splits it where needed.
+"""
 
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,13 +22,20 @@ from huggingface_hub import constants as hub_constants
 from config import Config, InputError
 from corpora.toy import LANGUAGES, SPLIT_SIZES, toy_pairs
 
-DATA_VERSION = 1  # raise it when reading or encoding changes: the cache of `datasets` does not see our code
-MOST_VALIDATION = 10_000  # pairs split off for validation
+DATA_VERSION = 1  # increase when reading or encoding changes: the cache of `datasets` does not notice code changes
 LOCAL_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
+PARQUET_ROWS = 1_000  # rows of a Parquet file in memory at a time
+HUB_TIMEOUT = 10  # seconds
+MAX_VALIDATION_PAIRS = 10_000  # pairs split off for validation at most
+VALIDATION_BLOCKS = 100  # blocks of consecutive pairs that a large corpus's validation set consists of
+COMPARED_PAIRS = 10_000  # training pairs compared with the validation set at a time
 
 
 def load_pairs(source: str, config: Config) -> datasets.Dataset:
-    """The sentence pairs of a source (see `Config`) as columns `src` and `tgt`, unfiltered, on disk."""
+    """All sentence pairs of a source (see `Config`), unfiltered, as the memory-mapped columns `src` and `tgt`.
+
+    Raises InputError if the source does not exist or cannot be read.
+    """
     name, _, split = source.partition(":")
     if not name:
         raise InputError(f"the source {source!r} has no name; give one such as wmt/wmt14:validation")
@@ -42,6 +53,9 @@ def load_pairs(source: str, config: Config) -> datasets.Dataset:
     return load_hub(name, split or "train", config)
 
 
+# ---------------------------------------------------------------------------- the toy corpus
+
+
 def load_toy(split: str, config: Config) -> datasets.Dataset:
     for lang in (config.lang_src, config.lang_tgt):
         if lang not in LANGUAGES:
@@ -52,86 +66,98 @@ def load_toy(split: str, config: Config) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"src": [p.src_text for p in pairs], "tgt": [p.tgt_text for p in pairs]})
 
 
+# ---------------------------------------------------------------------------- local files
+
+
 def load_file(path: Path, config: Config) -> datasets.Dataset:
     """A .tsv, .csv, .jsonl or .parquet file."""
     if not path.is_file():
         raise InputError(f"no file {path}; give the path of a corpus, or --datasource toy")
-    return to_arrow(read_file, [path], config)
+    return load_cached(read_rows, [path], config)
 
 
 def load_aligned(prefix: str, config: Config) -> datasets.Dataset:
-    """Two text files, a sentence a line: PREFIX.en and PREFIX.it."""
+    """Two text files with one sentence per line: PREFIX.en and PREFIX.it."""
     paths = [Path(f"{prefix}.{lang}") for lang in (config.lang_src, config.lang_tgt)]
     check_aligned(paths)
-    return to_arrow(read_aligned, paths, config)
+    return load_cached(read_aligned, paths, config)
 
 
 def check_aligned(paths: list[Path]) -> None:
-    """Two text files are there and have equally many lines."""
+    """Raises InputError unless both text files exist and have the same number of lines."""
     for path in paths:
         if not path.is_file():
             raise InputError(
-                f"no file {path}; line n of one of {' and '.join(map(str, paths))} must translate line n of the other"
+                f"no file {path}; line n of {paths[0]} and line n of {paths[1]} must be translations of each other"
             )
     counts = [sum(1 for _ in path.open("rb")) for path in paths]
     if counts[0] != counts[1]:
         raise InputError(
             f"{paths[0]} has {counts[0]:,} lines and {paths[1]} has {counts[1]:,}; "
-            "line n of one must translate line n of the other"
+            "line n of both must be translations of each other"
         )
 
 
-def to_arrow(read, paths: list[Path], config: Config) -> datasets.Dataset:
-    """Streams what `read` yields into an Arrow file of the datasets cache; done once for each state of the files."""
-    # A tuple: a list would mean shards.
-    stamps = tuple((os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
-    arguments = {"stamps": stamps, "languages": (config.lang_src, config.lang_tgt), "version": DATA_VERSION}
+def load_cached(read: Callable[..., Iterator[dict]], paths: list[Path], config: Config) -> datasets.Dataset:
+    """Streams the pairs that `read` yields into an Arrow file in the cache of `datasets`.
+
+    A file is read again only if its path, size or modification time has changed.
+    """
+    # A tuple, because `datasets` would split a list into shards.
+    files = tuple((os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    arguments = {"files": files, "languages": (config.lang_src, config.lang_tgt), "version": DATA_VERSION}
     features = datasets.Features({"src": datasets.Value("string"), "tgt": datasets.Value("string")})
     try:
         return datasets.Dataset.from_generator(read, features=features, gen_kwargs=arguments)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        raise InputError(f"{paths[0]} cannot be read ({error.__cause__}); mend or convert it") from None
+        raise InputError(f"{paths[0]} cannot be read ({error.__cause__}); fix or convert the file") from None
     except ValueError as error:
-        if "no data" in str(error):  # what the library says of a generator that yields nothing
-            raise InputError(f"{paths[0]} holds no pair; give a file with sentences") from None
+        if "no data" in str(error):  # raised by `datasets` if the generator yields nothing
+            raise InputError(f"{paths[0]} contains no pairs; give a file with sentences") from None
         raise
 
 
+def read_aligned(files: tuple[tuple, ...], languages: tuple[str, str], version: int) -> Iterator[dict]:
+    for src, tgt in zip(*(read_text_file(path) for path, *_ in files), strict=True):
+        yield {"src": src, "tgt": tgt}
+
+
+def read_text_file(path: str | Path) -> Iterator[str]:
+    with open(path, "rb") as file:
+        yield from read_lines(file, str(path))
+
+
 def read_lines(file: Iterable[bytes], name: str) -> Iterator[str]:
-    """The lines of a binary file without their end. Only a newline ends a line; a byte-order mark is dropped."""
+    """The lines of a binary file without line endings and byte-order mark. Only a newline ends a line.
+
+    Raises InputError at the first line that is not UTF-8; `name` is the file's name in that message.
+    """
     for number, line in enumerate(file, start=1):
         try:
             text = line.decode("utf8").rstrip("\r\n")
         except UnicodeDecodeError:
-            raise InputError(f"{name} line {number} is not UTF-8; convert it, say with iconv -t utf8") from None
+            raise InputError(f"{name} line {number} is not UTF-8; convert it, e.g. with iconv -t utf8") from None
         yield text.removeprefix("\ufeff") if number == 1 else text
 
 
-def lines_of(path: str) -> Iterator[str]:
-    with open(path, "rb") as file:
-        yield from read_lines(file, path)
-
-
-def read_aligned(stamps: tuple[tuple, ...], languages: tuple[str, str], version: int) -> Iterator[dict]:
-    for src, tgt in zip(*(lines_of(path) for path, *_ in stamps), strict=True):
-        yield {"src": src, "tgt": tgt}
-
-
-def read_file(stamps: tuple[tuple, ...], languages: tuple[str, str], version: int) -> Iterator[dict]:
-    path = stamps[0][0]
-    rows = {".tsv": read_table, ".csv": read_table, ".jsonl": read_jsonl, ".parquet": read_parquet}[Path(path).suffix]
-    for number, row in enumerate(rows(path, languages), start=1):
-        src, tgt = (pick(row, lang, f"{path} row {number}") for lang in languages)
+def read_rows(files: tuple[tuple, ...], languages: tuple[str, str], version: int) -> Iterator[dict]:
+    path = files[0][0]
+    readers = {".tsv": read_table, ".csv": read_table, ".jsonl": read_jsonl, ".parquet": read_parquet}
+    for number, row in enumerate(readers[Path(path).suffix](path, languages), start=1):
+        src, tgt = (text_of(row, lang, f"{path} row {number}") for lang in languages)
         yield {"src": src, "tgt": tgt}
 
 
 def read_table(path: str, languages: tuple[str, str]) -> Iterator[dict]:
-    """Rows of a .tsv (no quoting) or .csv. A first row that names a language is a header; else source comes first."""
-    lines = lines_of(path)
-    quoted = csv.reader(f"{line}\n" for line in lines)
-    rows = quoted if path.endswith(".csv") else (line.split("\t") for line in lines)
+    """Rows of a .csv, or of a .tsv without quoting.
+
+    A first row that contains a language's name is a header. Without one, the first column is the source.
+    """
+    lines = read_text_file(path)
+    is_csv = path.endswith(".csv")
+    rows = csv.reader(f"{line}\n" for line in lines) if is_csv else (line.split("\t") for line in lines)
     header = list(languages)
     for number, cells in enumerate(rows, start=1):
         if number == 1 and set(cells) & set(languages):
@@ -139,102 +165,118 @@ def read_table(path: str, languages: tuple[str, str]) -> Iterator[dict]:
         elif cells in ([], [""]):  # a blank line is a blank pair
             yield dict.fromkeys(languages, "")
         elif len(cells) < 2:
-            separator = "comma" if path.endswith(".csv") else "tab"
-            raise InputError(f"{path} row {number} has one column; give source {separator} target")
+            separator = "comma" if is_csv else "tab"
+            raise InputError(
+                f"{path} row {number} has one column; give two, source and target, separated by a {separator}"
+            )
         else:
             yield dict(zip(header, cells, strict=False))
 
 
 def read_jsonl(path: str, languages: tuple[str, str]) -> Iterator[dict]:
-    for number, line in enumerate(lines_of(path), start=1):
+    for number, line in enumerate(read_text_file(path), start=1):
         try:
             yield json.loads(line) if line.strip() else dict.fromkeys(languages, "")
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} line {number} is not JSON ({error}); give one object a line") from None
+            raise InputError(f"{path} line {number} is not JSON ({error}); give one object per line") from None
 
 
 def read_parquet(path: str, languages: tuple[str, str]) -> Iterator[dict]:
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1_000):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=PARQUET_ROWS):
             yield from batch.to_pylist()
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is not a Parquet file ({error}); write it again") from None
 
 
-def pick(row: dict, lang: str, where: str) -> str:
-    """One language of a row, which holds {"en": …} or {"translation": {"en": …}}; a missing text counts as blank."""
+def text_of(row: dict, lang: str, where: str) -> str:
+    """The text in one language of a row {"en": …} or {"translation": {"en": …}}; null counts as blank.
+
+    Raises InputError, which begins with `where`, if the row lacks the language or the text is not a string.
+    """
     texts = row.get("translation", row) if isinstance(row, dict) else {}
     texts = texts if isinstance(texts, dict) else {}
     if lang not in texts:
-        have = ", ".join(map(str, texts)) or "none"
-        raise InputError(f"{where} has no language {lang!r}; it has {have}: change --lang-src or --lang-tgt")
+        available = ", ".join(map(str, texts)) or "none"
+        raise InputError(f"{where} has no language {lang!r}; it has {available}: change --lang-src or --lang-tgt")
     text = texts[lang]
     if not isinstance(text, str | None):
         raise InputError(f"{where}: {lang} is {text!r}; give a string")
     return text or ""
 
 
+# ---------------------------------------------------------------------------- the Hugging Face Hub
+
+
 def load_hub(name: str, split: str, config: Config) -> datasets.Dataset:
-    """A dataset of the Hub, or a local folder in its layout, with a `translation` column or one column a language."""
-    local = Path(name).is_dir()
-    if not local and not hub_answers(name):
-        hub_constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # a copy in the cache will do
+    """A Hub dataset, or a local folder in the same layout, with a `translation` column or one column per language."""
+    is_local = Path(name).is_dir()
+    if not is_local and not hub_has(name):
+        hub_constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # use only copies in the cache
     try:
         subset = hub_subset(name, config)
-        hub = datasets.load_dataset(name, subset, split=split)
+        rows = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, ValueError) and "split" in str(error):
             raise InputError(f"{name} has no split {split!r}: {error}") from None
-        if local:
+        if is_local:
             raise InputError(
                 f"the folder {name} cannot be read as a dataset ({error}); give Parquet files, or a .tsv file"
             ) from None
         raise InputError(
-            f"the Hub dataset {name!r} is out of reach (no network, or no such dataset); "
+            f"the Hub dataset {name!r} cannot be reached (no network, or no such dataset); "
             "use local files, --datasource data/train for data/train.en and data/train.it, or --preset toy"
         ) from None
     languages = (config.lang_src, config.lang_tgt)
-    for lang in languages if len(hub) else ():
-        pick(hub[0], lang, f"{name} ({subset})")
+    if len(rows):
+        for lang in languages:
+            text_of(rows[0], lang, f"{name} ({subset})")
 
-    def columns(batch: dict) -> dict:
-        rows = batch.get("translation") or [
-            dict(zip(languages, texts, strict=True)) for texts in zip(*(batch[lang] for lang in languages), strict=True)
-        ]
-        return {
-            side: [(row or {}).get(lang) or "" for row in rows]
-            for side, lang in zip(("src", "tgt"), languages, strict=True)
-        }
+    def to_src_and_tgt(batch: dict) -> dict:
+        if "translation" in batch:
+            columns = [[(row or {}).get(lang) for row in batch["translation"]] for lang in languages]
+        else:
+            columns = [batch[lang] for lang in languages]
+        return {side: [text or "" for text in column] for side, column in zip(("src", "tgt"), columns, strict=True)}
 
-    return hub.map(columns, batched=True, remove_columns=hub.column_names, desc=f"Reading {name}")
+    return rows.map(to_src_and_tgt, batched=True, remove_columns=rows.column_names, desc=f"Reading {name}")
 
 
-def hub_answers(name: str) -> bool:
-    """One quick question, where the loader would try again and again for half a minute."""
+def hub_has(name: str) -> bool:
+    """Whether the Hub answers that it has this dataset. The loader itself would retry for half a minute."""
     try:
-        HfApi().dataset_info(name, timeout=10)
-    except Exception:  # no network, no such dataset, not for us: the HTTP library's own error classes come and go
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
+    except Exception:  # no network, no such dataset, no access: the error classes differ between versions
         return False
     return True
 
 
 def hub_subset(name: str, config: Config) -> str:
-    """The subset for the language pair, in either order, as in opus_books' en-it; or the only one there is."""
-    names = datasets.get_dataset_config_names(name)
-    pairs = [f"{config.lang_src}-{config.lang_tgt}", f"{config.lang_tgt}-{config.lang_src}"]
-    for pair in pairs:
-        if pair in names:
-            return pair
-    if len(names) == 1:
-        return names[0]
-    raise InputError(f"{name} has no {pairs[0]} or {pairs[1]}; it has {', '.join(sorted(names))}")
+    """The subset for the language pair in either order, such as en-it of opus_books; or the only subset."""
+    subsets = datasets.get_dataset_config_names(name)
+    wanted = [f"{config.lang_src}-{config.lang_tgt}", f"{config.lang_tgt}-{config.lang_src}"]
+    for subset in wanted:
+        if subset in subsets:
+            return subset
+    if len(subsets) == 1:
+        return subsets[0]
+    raise InputError(f"{name} has no {wanted[0]} or {wanted[1]}; it has {', '.join(sorted(subsets))}")
+
+
+# ---------------------------------------------------------------------------- training, validation and test
 
 
 def load_split(config: Config, split: str) -> datasets.Dataset:
-    """The pairs of `train`, `validation` or `test`. The seeded split comes before anything looks at the text."""
+    """The pairs of `train`, `validation` or `test`.
+
+    Without a validation source, a random part of the training source is split off. It depends only on the seed, the
+    fraction and the number of pairs. Tokenizers are trained after the split, on the training part alone.
+    """
     if split == "test":
         if not config.test_source:
-            raise InputError("this run has no test_source; name one with --test-source, or use --split validation")
+            raise InputError(
+                "this run has no test_source; name one with --test-source when training, or use --split validation"
+            )
         return load_pairs(config.test_source, config)
     if split == "validation" and config.validation_source:
         return load_pairs(config.validation_source, config)
@@ -248,30 +290,31 @@ def load_split(config: Config, split: str) -> datasets.Dataset:
             "give a --validation-source"
         )
     rng = np.random.default_rng(config.seed)
-    if count > MOST_VALIDATION:
-        return split_in_runs(pairs, rng, split)
+    if count > MAX_VALIDATION_PAIRS:
+        return split_in_blocks(pairs, rng, split)
     order = rng.permutation(len(pairs))
     return pairs.select(np.sort(order[:count] if split == "validation" else order[count:]))
 
 
-def split_in_runs(pairs: datasets.Dataset, rng: np.random.Generator, split: str) -> datasets.Dataset:
-    """Of a large corpus, MOST_VALIDATION pairs in a hundred runs of neighbours from all over it, or the rest.
+def split_in_blocks(pairs: datasets.Dataset, rng: np.random.Generator, split: str) -> datasets.Dataset:
+    """Splits a large corpus: validation is VALIDATION_BLOCKS random blocks of consecutive pairs, training the rest.
 
-    So neither part needs a list of its rows.
+    Both parts are then slices of the corpus, and neither needs a list of all its rows.
     """
-    length = MOST_VALIDATION // 100
-    starts = np.sort(rng.choice(len(pairs) // length, 100, replace=False)) * length
-    ends = [0, *(end for start in starts.tolist() for end in (start, start + length)), len(pairs)]
-    parts = list(pairwise(ends))[1::2] if split == "validation" else list(pairwise(ends))[::2]
-    return datasets.concatenate_datasets([pairs.select(range(*part)) for part in parts if part[0] < part[1]])
+    block = MAX_VALIDATION_PAIRS // VALIDATION_BLOCKS  # pairs
+    starts = np.sort(rng.choice(len(pairs) // block, VALIDATION_BLOCKS, replace=False)) * block
+    ends = [0, *(end for start in starts.tolist() for end in (start, start + block)), len(pairs)]
+    slices = list(pairwise(ends))[1::2] if split == "validation" else list(pairwise(ends))[::2]
+    return datasets.concatenate_datasets([pairs.select(range(*part)) for part in slices if part[0] < part[1]])
 
 
 def count_shared(train: datasets.Dataset, validation: datasets.Dataset) -> int:
-    """How many validation pairs also stand in the training set, where scores would flatter."""
-    held = set(zip(validation["src"], validation["tgt"], strict=True))
-    sources = pa.array({src for src, _ in held})
-    seen = set()
-    for batch in train.with_format("arrow").iter(batch_size=10_000):
-        like = batch.filter(pc.is_in(batch["src"], sources))  # a few, so that only they become Python strings
-        seen |= held.intersection(zip(like["src"].to_pylist(), like["tgt"].to_pylist(), strict=True))
-    return len(seen)
+    """How many distinct validation pairs also occur in the training set; they make validation scores too high."""
+    validation_pairs = set(zip(validation["src"], validation["tgt"], strict=True))
+    sources = pa.array({src for src, _ in validation_pairs})
+    shared = set()
+    for batch in train.with_format("arrow").iter(batch_size=COMPARED_PAIRS):
+        candidates = batch.filter(pc.is_in(batch["src"], sources))  # few, so few become Python strings
+        texts = zip(candidates["src"].to_pylist(), candidates["tgt"].to_pylist(), strict=True)
+        shared |= validation_pairs.intersection(texts)
+    return len(shared)

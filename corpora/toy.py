@@ -1,13 +1,14 @@
 """The embedded corpus: a small grammar of English, Italian and German, with gold word alignments.
 
-A sentence starts as a meaning (`Clause`), and each language says it by its own rules, so there is
-something to learn: gender and number agreement, conjugation, dropped pronouns and adjectives after
-the noun in Italian; case endings, the verb in second place and the infinitive at the end in German;
-negation and questions in all three. Words that say the same part of the meaning carry the same
-*role*, and the gold alignment follows from the roles.
+A sentence is generated from its meaning (a `Clause`), which each language's grammar turns into words. The corpus
+covers gender and number agreement, conjugation, dropped subject pronouns and adjectives after the noun in Italian;
+case endings, the verb in second position and the infinitive at the end in German; negation and questions in all
+three languages. Every word carries the *role* it plays in the meaning, such as `verb` or `object.noun`. Words of two
+languages with the same role are aligned.
 
-Validation and test sentences each hold a pairing (verb with object, or adjective with noun) that no
-training sentence has, while every single word does occur in training: memory does not help.
+Every validation and test sentence contains a held-out pairing (a verb with its object, or an adjective with its
+noun) that occurs in no training sentence, while every single word occurs in training. A model that only memorizes
+training sentences therefore cannot translate them.
 """
 
 import random
@@ -17,12 +18,13 @@ from functools import cache
 from typing import NamedTuple
 
 LANGUAGES = ("en", "it", "de")
-SPLIT_SIZES = {"train": 24_000, "validation": 1_000, "test": 1_000}
+SPLIT_SIZES = {"train": 24_000, "validation": 1_000, "test": 1_000}  # sentence pairs
 
 # ---------------------------------------------------------------------------- the lexicon
+# Columns are separated by |, the forms of a word by spaces; _ is a space within a form.
 
 # English | Italian, gender | German, gender | kind. A third German form is the accusative singular.
-NOUNS = """
+NOUN_TABLE = """
 man men | uomo uomini m | Mann Männer m | person
 woman women | donna donne f | Frau Frauen f | person
 child children | bambino bambini m | Kind Kinder n | person
@@ -75,8 +77,8 @@ picture pictures | quadro quadri m | Bild Bilder n | thing
 boat boats | barca barche f | Boot Boote n | thing
 """
 
-# English | Italian: masculine and feminine, singular then plural | German stem | kinds described
-ADJECTIVES = """
+# English | Italian: masculine and feminine singular, then plural | German stem | kinds of nouns it describes
+ADJECTIVE_TABLE = """
 happy | felice felice felici felici | glücklich | person animal
 tired | stanco stanca stanchi stanche | müde | person animal
 young | giovane giovane giovani giovani | jung | person animal
@@ -103,8 +105,8 @@ heavy | pesante pesante pesanti pesanti | schwer | opening thing
 cheap | economico economica economici economiche | billig | food drink thing
 """
 
-# English | Italian infinitive, io tu lui noi loro | German infinitive, ich du er | kinds of object
-VERBS = """
+# English | Italian infinitive, io tu lui noi loro | German infinitive, ich du er | kinds of objects
+VERB_TABLE = """
 eat eats | mangiare mangio mangi mangia mangiamo mangiano | essen esse isst isst | food
 cook cooks | cucinare cucino cucini cucina cuciniamo cucinano | kochen koche kochst kocht | food
 drink drinks | bere bevo bevi beve beviamo bevono | trinken trinke trinkst trinkt | drink
@@ -134,15 +136,15 @@ swim swims | nuotare nuoto nuoti nuota nuotiamo nuotano | schwimmen schwimme sch
 laugh laughs | ridere rido ridi ride ridiamo ridono | lachen lache lachst lacht |
 """
 
-# English: plain, third person, negated plain, negated third person | as in VERBS
-MODALS = """
+# English: base form, third person, and both negated | Italian and German as in VERB_TABLE
+MODAL_TABLE = """
 can can cannot cannot | potere posso puoi può possiamo possono | können kann kannst kann
 want_to wants_to do_not_want_to does_not_want_to | volere voglio vuoi vuole vogliamo vogliono | wollen will willst will
 have_to has_to do_not_have_to does_not_have_to | dovere devo devi deve dobbiamo devono | müssen muss musst muss
 should should should_not should_not | dovere dovrei dovresti dovrebbe dovremmo dovrebbero | sollen sollte solltest sollte
 """
 
-TIMES = """
+TIME_TABLE = """
 today | oggi | heute
 tomorrow | domani | morgen
 now | adesso | jetzt
@@ -151,29 +153,26 @@ this_evening | stasera | heute_Abend
 in_the_morning | di_mattina | am_Morgen
 """
 
-ANIMALS_CAN = {"eat", "drink", "see", "find", "look_for", "love", "hear", "carry", "sleep", "swim", "work"}
+ANIMAL_VERBS = {"eat", "drink", "see", "find", "look_for", "love", "hear", "carry", "sleep", "swim", "work"}
 
-QUESTION_WORDS = {
-    "what": ("what", "che_cosa", "was"),
-    "why": ("why", "perché", "warum"),
-    "when": ("when", "quando", "wann"),
-}
-
-# Subject pronouns by number: I you he she we they. Italian drops them.
-PRONOUNS = {"en": ("I", "you", "he", "she", "we", "they"), "de": ("ich", "du", "er", "sie", "wir", "sie")}
-PERSON = (0, 1, 2, 2, 3, 4)  # the pronoun's place among the five persons of a conjugation
-# Object pronouns: him her them.
-OBJECTS = {"en": ("him", "her", "them"), "it": ("lo", "la", "li"), "de": ("ihn", "sie", "sie")}
+# Subject pronouns are numbered 0 to 5: I you he she we they. Italian drops them.
+SUBJECT_PRONOUNS = {"en": ("I", "you", "he", "she", "we", "they"), "de": ("ich", "du", "er", "sie", "wir", "sie")}
+# Conjugations have five persons: I, you, he or she or a singular noun, we, they or a plural noun.
+PERSON_OF_PRONOUN = (0, 1, 2, 2, 3, 4)
+THIRD_SINGULAR, THIRD_PLURAL = 2, 4
+# Object pronouns are numbered 0 to 2: him her them.
+OBJECT_PRONOUNS = {"en": ("him", "her", "them"), "it": ("lo", "la", "li"), "de": ("ihn", "sie", "sie")}
+# Italian forms as in ADJECTIVE_TABLE, German stem.
 POSSESSIVES = {
     "my": ("mio mia miei mie", "mein"),
     "your": ("tuo tua tuoi tue", "dein"),
     "our": ("nostro nostra nostri nostre", "unser"),
 }
-TO_BE = {"en": "am are is are are", "it": "sono sei è siamo sono", "de": "bin bist ist sind sind"}
+TO_BE = {"en": "am are is are are", "it": "sono sei è siamo sono", "de": "bin bist ist sind sind"}  # by person
 
 
 class Noun(NamedTuple):
-    """One noun: (singular, plural) forms, genders, and what kind of thing it names."""
+    """One noun: its singular and plural, its genders, and the kind of thing it denotes."""
 
     en: tuple[str, str]
     it: tuple[str, str]
@@ -190,19 +189,28 @@ class Verb(NamedTuple):
     en: tuple[str, ...]
     it: tuple[str, ...]
     de: tuple[str, ...]
-    kinds: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()  # of objects; empty: intransitive or modal
 
 
 class Adjective(NamedTuple):
-    """One adjective. Italian: masculine and feminine, singular then plural."""
+    """One adjective. Italian: masculine and feminine singular, then plural."""
 
     en: str
     it: tuple[str, ...]
     de: str
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...]  # of nouns it describes
 
 
-def _rows(table: str) -> list[list[list[str]]]:
+class Expression(NamedTuple):
+    """A question word or time expression in each language."""
+
+    en: str
+    it: str
+    de: str
+
+
+def _parse_table(table: str) -> list[list[list[str]]]:
+    """Rows of cells of words."""
     return [[cell.split() for cell in line.split("|")] for line in table.strip().splitlines()]
 
 
@@ -212,40 +220,47 @@ def _noun(en, it, de, kind) -> Noun:
 
 
 def _verb(en, it, de, kinds=()) -> Verb:
-    plural = de[1] + "n" if de[1] == "sollte" else de[0]  # wir and sie: the infinitive's form
+    plural = de[1] + "n" if de[1] == "sollte" else de[0]  # wir and sie take the same form as the infinitive
     return Verb(tuple(en), tuple(it), (*de, plural, plural), tuple(kinds))
 
 
-ALL_NOUNS = [_noun(*row) for row in _rows(NOUNS)]
-ALL_ADJECTIVES = [Adjective(en[0], tuple(it), de[0], tuple(kinds)) for en, it, de, kinds in _rows(ADJECTIVES)]
-ALL_VERBS = [_verb(*row) for row in _rows(VERBS)]
-ALL_MODALS = [_verb(*row) for row in _rows(MODALS)]
-ALL_TIMES = [tuple(cell[0] for cell in row) for row in _rows(TIMES)]
+NOUNS = [_noun(*row) for row in _parse_table(NOUN_TABLE)]
+ADJECTIVES = [Adjective(en[0], tuple(it), de[0], tuple(kinds)) for en, it, de, kinds in _parse_table(ADJECTIVE_TABLE)]
+VERBS = [_verb(*row) for row in _parse_table(VERB_TABLE)]
+MODALS = [_verb(*row) for row in _parse_table(MODAL_TABLE)]
+TIMES = [Expression(*(cell[0] for cell in row)) for row in _parse_table(TIME_TABLE)]
+QUESTION_WORDS = {
+    "what": Expression("what", "che_cosa", "was"),
+    "why": Expression("why", "perché", "warum"),
+    "when": Expression("when", "quando", "wann"),
+}
 
-# ---------------------------------------------------------------------------- the meaning
+# ---------------------------------------------------------------------------- the meaning of a sentence
+
+Pairing = tuple[str, str]  # (verb, object noun) or (adjective, noun), by their English base forms
 
 
 class NounPhrase(NamedTuple):
     noun: Noun
     plural: bool
-    determiner: str  # a the this two some my your our
+    determiner: str  # one of: a the this two some my your our
     adjective: Adjective | None
 
     @property
     def person(self) -> int:
-        return 4 if self.plural else 2
+        return THIRD_PLURAL if self.plural else THIRD_SINGULAR
 
 
 @dataclass(frozen=True)
 class Clause:
-    """The meaning of one sentence. Pronouns are numbers into PRONOUNS and OBJECTS."""
+    """The meaning of one sentence. A pronoun is its number in SUBJECT_PRONOUNS or OBJECT_PRONOUNS."""
 
     subject: int | NounPhrase
-    verb: Verb | None = None  # None: the subject *is* `predicate`
+    verb: Verb | None = None  # None: a form of to be, followed by `predicate`
     object: int | NounPhrase | None = None
     predicate: Adjective | None = None
     modal: Verb | None = None
-    time: tuple[str, str, str] | None = None
+    time: Expression | None = None
     time_first: bool = False
     negated: bool = False
     question: str = ""  # "", "yes/no", "what", "why" or "when"
@@ -253,10 +268,10 @@ class Clause:
 
     @property
     def person(self) -> int:
-        return PERSON[self.subject] if isinstance(self.subject, int) else self.subject.person
+        return PERSON_OF_PRONOUN[self.subject] if isinstance(self.subject, int) else self.subject.person
 
-    def pairings(self) -> set[tuple[str, str]]:
-        """The (verb, noun) and (adjective, noun) pairings this sentence would teach."""
+    def pairings(self) -> set[Pairing]:
+        """All pairings in this sentence."""
         phrases = [p for p in (self.subject, self.object) if isinstance(p, NounPhrase)]
         found = {(p.adjective.en, p.noun.en[0]) for p in phrases if p.adjective}
         if isinstance(self.object, NounPhrase):
@@ -266,80 +281,94 @@ class Clause:
         return found
 
 
-# ---------------------------------------------------------------------------- three languages
-# Each function below returns words with the roles they play: [(word, "role role"), ...].
+# ---------------------------------------------------------------------------- from meaning to words
+# Each function returns words with the roles they play: [(word, "role role"), ...].
 
-Words = list[tuple[str, str]]
+RoleWords = list[tuple[str, str]]
 
 
-def _say(phrase: str, role: str) -> Words:
+def _with_role(phrase: str, role: str) -> RoleWords:
+    """Splits a form of the lexicon at its underscores and gives every word the role."""
     return [(word, role) for word in phrase.split("_")]
 
 
-def _english_phrase(phrase: NounPhrase | int, role: str) -> Words:
+def _english_phrase(phrase: NounPhrase | int, role: str) -> RoleWords:
     if isinstance(phrase, int):
-        return [((PRONOUNS if role == "subject" else OBJECTS)["en"][phrase], role)]
-    noun = phrase.noun.en[phrase.plural]
-    rest = ([(phrase.adjective.en, f"{role}.adjective")] if phrase.adjective else []) + [(noun, f"{role}.noun")]
-    determiner = phrase.determiner
-    if determiner == "a" and rest[0][0][0] in "aeiou":
+        return [((SUBJECT_PRONOUNS if role == "subject" else OBJECT_PRONOUNS)["en"][phrase], role)]
+    adjective = [(phrase.adjective.en, f"{role}.adjective")] if phrase.adjective else []
+    words = [*adjective, (phrase.noun.en[phrase.plural], f"{role}.noun")]
+    determiner, next_letter = phrase.determiner, words[0][0][0]
+    if determiner == "a" and next_letter in "aeiou":
         determiner = "an"
     if determiner == "this" and phrase.plural:
         determiner = "these"
-    return [(determiner, f"{role}.determiner"), *rest]
+    return [(determiner, f"{role}.determiner"), *words]
 
 
-def english(clause: Clause) -> Words:
-    """Subject, verb, object; *do* in questions and negations."""
-    third = clause.person == 2
+def english(clause: Clause) -> RoleWords:
+    """Subject, verb, object, with *do* in questions and negations."""
+    third_person = clause.person == THIRD_SINGULAR
+    do = "does" if third_person else "do"
     subject = _english_phrase(clause.subject, "subject")
     negation = [("not", "negation")] if clause.negated else []
+    # In a question the subject comes between `before` and `after`; otherwise it precedes both.
     if clause.verb is None:
-        before, after = [(TO_BE["en"].split()[clause.person], "be")], [*negation, (clause.predicate.en, "predicate")]
+        before = [(TO_BE["en"].split()[clause.person], "be")]
+        after = [*negation, (clause.predicate.en, "predicate")]
     elif clause.modal:
-        forms = clause.modal.en[2 * clause.negated :][:2]
-        modal = [
-            (word, "modal negation" if word == "cannot" else "negation" if word == "not" else "modal")
-            for word in forms[third].split("_")
-        ]
-        if clause.question and modal[-1][0] == "to":  # want to: do you want to …?
-            before, after = [("does" if third else "do", "modal")], _say(clause.modal.en[0], "modal")
-        else:
-            before, after = modal[:1], modal[1:]
-            if not clause.question:
-                before, after = modal, []
-        after = after + _say(clause.verb.en[0], "verb")
+        before, after = _english_modal(clause, do)
+        after = after + _with_role(clause.verb.en[0], "verb")
     elif clause.question or clause.negated:
-        before, after = [("does" if third else "do", "verb")], negation + _say(clause.verb.en[0], "verb")
+        before, after = [(do, "verb")], negation + _with_role(clause.verb.en[0], "verb")
     else:
-        before, after = [], _say(clause.verb.en[third], "verb")
+        before, after = [], _with_role(clause.verb.en[third_person], "verb")
     core = before + subject + after if clause.question else subject + before + after
     if clause.object is not None:
         core = core + _english_phrase(clause.object, "object")
-    return _frame(core, clause, 0)
+    return _complete(core, clause, "en")
 
 
-def _italian_article(determiner: str, following: str, gender: str, plural: bool) -> str:
-    """The form before the following word: lo zaino, l'uomo, gli amici, un'arancia."""
-    vowel = following[0] in "aeiou"
-    hard = gender == "m" and re.match(r"z|s[^aeiou]", following) is not None
+def _english_modal(clause: Clause, do: str) -> tuple[RoleWords, RoleWords]:
+    """The words of the modal that precede the subject of a question, and the others."""
+    base, third_person, *negated = clause.modal.en
+    forms = negated if clause.negated else (base, third_person)
+    roles = {"cannot": "modal negation", "not": "negation"}
+    words = forms[clause.person == THIRD_SINGULAR].split("_")
+    modal = [(word, roles.get(word, "modal")) for word in words]
+    if not clause.question:
+        return modal, []
+    if words[-1] == "to":  # want to: do you want to …?
+        return [(do, "modal")], _with_role(base, "modal")
+    return modal[:1], modal[1:]
+
+
+def _italian_article(determiner: str, next_word: str, gender: str, plural: bool) -> str:
+    """The form of a determiner that fits the next word: lo zaino, l'uomo, gli amici, un'arancia."""
+    vowel = next_word[0] in "aeiou"
+    takes_lo = gender == "m" and re.match(r"z|s[^aeiou]", next_word) is not None
     if determiner == "the":
         if plural:
-            return "le" if gender == "f" else "gli" if vowel or hard else "i"
-        return "l'" if vowel else "la" if gender == "f" else "lo" if hard else "il"
+            return "le" if gender == "f" else "gli" if vowel or takes_lo else "i"
+        return "l'" if vowel else "la" if gender == "f" else "lo" if takes_lo else "il"
     if determiner == "a":
-        return ("un'" if vowel else "una") if gender == "f" else "uno" if hard else "un"
+        return ("un'" if vowel else "una") if gender == "f" else "uno" if takes_lo else "un"
+    ending = {"m": "oi", "f": "ae"}[gender][plural]
     if determiner == "this":
-        return "quest'" if vowel and not plural else "quest" + {"m": "oi", "f": "ae"}[gender][plural]
-    return {"two": "due", "some": "alcun" + {"m": "oi", "f": "ae"}[gender][plural]}[determiner]
+        return "quest'" if vowel and not plural else "quest" + ending
+    return {"two": "due", "some": "alcun" + ending}[determiner]
 
 
-def _italian_phrase(phrase: NounPhrase, role: str) -> Words:
+def _italian_form(gender: str, plural: bool) -> int:
+    """Which of an adjective's four forms agrees."""
+    return (gender == "f") + 2 * plural
+
+
+def _italian_phrase(phrase: NounPhrase, role: str) -> RoleWords:
     noun, gender = phrase.noun.it[phrase.plural], phrase.noun.it_gender
-    form = (gender == "f") + 2 * phrase.plural
+    form = _italian_form(gender, phrase.plural)
     if phrase.determiner in POSSESSIVES:  # il mio libro
-        article = _italian_article("the", "m", gender, phrase.plural)
-        determiner = f"{article} {POSSESSIVES[phrase.determiner][0].split()[form]}"
+        possessive = POSSESSIVES[phrase.determiner][0].split()[form]
+        determiner = f"{_italian_article('the', possessive, gender, phrase.plural)} {possessive}"
     else:
         determiner = _italian_article(phrase.determiner, noun, gender, phrase.plural)
     words = [(word, f"{role}.determiner") for word in determiner.replace("'", " '").split()]
@@ -347,29 +376,31 @@ def _italian_phrase(phrase: NounPhrase, role: str) -> Words:
     return words + ([(phrase.adjective.it[form], f"{role}.adjective")] if phrase.adjective else [])
 
 
-def italian(clause: Clause) -> Words:
-    """Pronoun subjects are dropped, so the finite verb carries the subject's role too."""
+def italian(clause: Clause) -> RoleWords:
+    """Subject pronouns are dropped; the finite verb then carries the subject's role too."""
     dropped = isinstance(clause.subject, int)
     subject = [] if dropped else _italian_phrase(clause.subject, "subject")
-    finite_role = " subject" if dropped else ""
+    also_subject = " subject" if dropped else ""
     person = clause.person
     core = [("non", "negation")] if clause.negated else []
-    if isinstance(clause.object, int):  # the pronoun goes before the finite verb: lo vedo
-        core.append((OBJECTS["it"][clause.object], "object"))
+    if isinstance(clause.object, int):  # an object pronoun precedes the finite verb: lo vedo
+        core.append((OBJECT_PRONOUNS["it"][clause.object], "object"))
     if clause.verb is None:
-        gender = ({2: "m", 3: "f", 5: "m"}[clause.subject]) if dropped else clause.subject.noun.it_gender
-        core.append((TO_BE["it"].split()[person], "be" + finite_role))
-        core.append((clause.predicate.it[(gender == "f") + 2 * (person == 4)], "predicate" + finite_role))
+        # Of the subject pronouns only he, she and they occur with an adjective.
+        gender = {2: "m", 3: "f", 5: "m"}[clause.subject] if dropped else clause.subject.noun.it_gender
+        form = _italian_form(gender, person == THIRD_PLURAL)
+        core.append((TO_BE["it"].split()[person], "be" + also_subject))
+        core.append((clause.predicate.it[form], "predicate" + also_subject))
     elif clause.modal:
-        core += [(clause.modal.it[1 + person], "modal" + finite_role), (clause.verb.it[0], "verb")]
+        core += [(clause.modal.it[1 + person], "modal" + also_subject), (clause.verb.it[0], "verb")]
     else:
-        core.append((clause.verb.it[1 + person], "verb" + finite_role))
+        core.append((clause.verb.it[1 + person], "verb" + also_subject))
     if isinstance(clause.object, NounPhrase):
         core += _italian_phrase(clause.object, "object")
-    return _frame(core + subject if clause.question in ("what", "when") else subject + core, clause, 1)
+    return _complete(core + subject if clause.question in ("what", "when") else subject + core, clause, "it")
 
 
-_GERMAN_ENDINGS = {  # of der and dieser, by gender or plural: nominative, accusative
+_GERMAN_ENDINGS = {  # of der and dieser, by gender, "p" for plural: nominative, accusative
     "m": ("er", "en"),
     "f": ("e", "e"),
     "n": ("es", "es"),
@@ -377,25 +408,26 @@ _GERMAN_ENDINGS = {  # of der and dieser, by gender or plural: nominative, accus
 }
 
 
-def _german_phrase(phrase: NounPhrase | int, role: str, negated: bool = False) -> Words:
+def _german_phrase(phrase: NounPhrase | int, role: str, negated: bool = False) -> RoleWords:
     accusative = role == "object"
     if isinstance(phrase, int):
-        return [((OBJECTS if accusative else PRONOUNS)["de"][phrase], role)]
+        return [((OBJECT_PRONOUNS if accusative else SUBJECT_PRONOUNS)["de"][phrase], role)]
     gender = "p" if phrase.plural else phrase.noun.de_gender
     strong = _GERMAN_ENDINGS[gender][accusative]
-    determiner_role, weak = f"{role}.determiner", "en" if gender == "p" or strong == "en" else "e"
+    weak = "en" if gender == "p" or strong == "en" else "e"
+    determiner_role = f"{role}.determiner"
     if phrase.determiner == "the":
         determiner, ending = {"er": "der", "en": "den", "e": "die", "es": "das"}[strong], weak
     elif phrase.determiner == "this":
         determiner, ending = "dies" + strong, weak
     elif phrase.determiner in ("two", "some"):
         determiner, ending = {"two": "zwei", "some": "einige"}[phrase.determiner], "e"
-    else:  # ein, mein: no ending where the adjective then shows the gender
+    else:  # ein and mein have no ending in some cases; the adjective then takes the strong one
         stem = "ein" if phrase.determiner == "a" else POSSESSIVES[phrase.determiner][1]
         if negated and stem == "ein":
             stem, determiner_role = "kein", f"{determiner_role} negation"
-        bare = strong in ("er", "es")
-        determiner, ending = (stem, strong) if bare else (stem + strong, weak)
+        no_ending = strong in ("er", "es")
+        determiner, ending = (stem, strong) if no_ending else (stem + strong, weak)
     words = [(determiner, determiner_role)]
     if phrase.adjective:
         words.append((phrase.adjective.de.removesuffix("e") + ending, f"{role}.adjective"))
@@ -403,15 +435,15 @@ def _german_phrase(phrase: NounPhrase | int, role: str, negated: bool = False) -
     return [*words, (phrase.noun.de[1] if phrase.plural else singular, f"{role}.noun")]
 
 
-def german(clause: Clause) -> Words:
-    """The finite verb stands second (first in yes/no questions), the infinitive last."""
+def german(clause: Clause) -> RoleWords:
+    """The finite verb comes second (first in yes/no questions), the infinitive last."""
     subject, person = _german_phrase(clause.subject, "subject"), clause.person
     pronoun = _german_phrase(clause.object, "object") if isinstance(clause.object, int) else []
-    phrase = isinstance(clause.object, NounPhrase)
-    obj = _german_phrase(clause.object, "object", clause.negated) if phrase else []
-    kein = phrase and clause.negated and clause.object.determiner == "a"
-    negation = [("nicht", "negation")] if clause.negated and not kein else []
-    time = _say(clause.time[2], "time") if clause.time and not clause.time_first else []
+    has_noun_object = isinstance(clause.object, NounPhrase)
+    noun_object = _german_phrase(clause.object, "object", clause.negated) if has_noun_object else []
+    uses_kein = has_noun_object and clause.negated and clause.object.determiner == "a"
+    negation = [("nicht", "negation")] if clause.negated and not uses_kein else []
+    time = _with_role(clause.time.de, "time") if clause.time and not clause.time_first else []
     if clause.verb is None:
         finite, last = (TO_BE["de"].split()[person], "be"), [(clause.predicate.de, "predicate")]
     elif clause.modal:
@@ -420,18 +452,18 @@ def german(clause: Clause) -> Words:
         finite, last = (clause.verb.de[1 + person], "verb"), []
     inverted = clause.question or (clause.time and clause.time_first)
     front = [finite, *subject] if inverted else [*subject, finite]
-    return _frame(front + pronoun + time + obj + negation + last, clause, 2)
+    return _complete(front + pronoun + time + noun_object + negation + last, clause, "de")
 
 
-def _frame(core: Words, clause: Clause, language: int) -> Words:
-    """Puts the question word, the time and the full stop around the core; capital letter first."""
+def _complete(core: RoleWords, clause: Clause, lang: str) -> RoleWords:
+    """Adds the question word, the time expression and the punctuation mark, and capitalizes the first letter."""
     if clause.question in QUESTION_WORDS:
-        core = _say(QUESTION_WORDS[clause.question][language], "question") + core
+        core = _with_role(getattr(QUESTION_WORDS[clause.question], lang), "question") + core
     if clause.time:
-        time = _say(clause.time[language], "time")
+        time = _with_role(getattr(clause.time, lang), "time")
         if clause.time_first:
             core = time + core
-        elif LANGUAGES[language] != "de":  # German puts a late time inside the clause
+        elif lang != "de":  # `german` has already put the time inside the clause
             core = core + time
     if clause.punctuated:
         core = [*core, ("?" if clause.question else ".", "end")]
@@ -439,27 +471,27 @@ def _frame(core: Words, clause: Clause, language: int) -> Words:
     return [(first[0].upper() + first[1:], role), *rest]
 
 
-_SAY = {"en": english, "it": italian, "de": german}
+_GRAMMARS = {"en": english, "it": italian, "de": german}
 
 
-def tokens_of(text: str) -> list[str]:
-    """The words of a sentence, punctuation apart: what alignments count."""
-    return re.findall(r"\w+|[^\w\s]+", text)
-
-
-def _join(words: Words) -> str:
+def _detokenize(words: RoleWords) -> str:
     text = " ".join(word for word, _ in words)
     return re.sub(r" ([.?])", r"\1", text).replace(" ' ", "'")
 
 
-# ---------------------------------------------------------------------------- the corpus
+def tokens_of(text: str) -> list[str]:
+    """The words and punctuation marks of a sentence. Alignments are positions in this list."""
+    return re.findall(r"\w+|[^\w\s]+", text)
+
+
+# ---------------------------------------------------------------------------- sentence pairs
 
 
 class Pair(NamedTuple):
-    """A sentence pair with (source, target) links between positions in `tokens_of` each text.
+    """A sentence pair and its (source, target) links, positions in `tokens_of` each text.
 
-    `alignment` links every two words that share a role. `sure` (Och and Ney, 2003) is the part with
-    one possible reading: the target word's first role, where a single source word plays it.
+    `alignment` links all words that share a role. `sure`, a subset, holds the unambiguous links (Och and Ney, 2003):
+    those of a target word's first role, where only one source word has that role.
     """
 
     src_text: str
@@ -469,34 +501,37 @@ class Pair(NamedTuple):
 
 
 def make_pair(clause: Clause, lang_src: str, lang_tgt: str) -> Pair:
-    """Says the clause in both languages and aligns the words that share a role."""
-    source, target = _SAY[lang_src](clause), _SAY[lang_tgt](clause)
+    """The clause in both languages, with words that share a role aligned."""
+    source, target = _GRAMMARS[lang_src](clause), _GRAMMARS[lang_tgt](clause)
     alignment, sure = set(), set()
-    for j, (_, roles) in enumerate(target):
-        for place, role in enumerate(roles.split()):
-            speakers = [i for i, (_, source_roles) in enumerate(source) if role in source_roles.split()]
-            alignment |= {(i, j) for i in speakers}
-            if place == 0 and len(speakers) == 1:
-                sure.add((speakers[0], j))
-    return Pair(_join(source), _join(target), frozenset(alignment), frozenset(sure))
+    for j, (_, target_roles) in enumerate(target):
+        for rank, role in enumerate(target_roles.split()):
+            links = {(i, j) for i, (_, source_roles) in enumerate(source) if role in source_roles.split()}
+            alignment |= links
+            if rank == 0 and len(links) == 1:
+                sure |= links
+    return Pair(_detokenize(source), _detokenize(target), frozenset(alignment), frozenset(sure))
 
 
-def _random_phrase(rng: random.Random, kinds: tuple[str, ...], negated: bool) -> NounPhrase:
-    noun = rng.choice([noun for noun in ALL_NOUNS if noun.kind in kinds])
+# ---------------------------------------------------------------------------- random clauses
+
+
+def _random_noun_phrase(rng: random.Random, kinds: tuple[str, ...], negated: bool = False) -> NounPhrase:
+    noun = rng.choice([noun for noun in NOUNS if noun.kind in kinds])
     plural = rng.random() < 0.35
-    choices = ["the", "the", "this", "my", "your", "our"] + ([] if plural else ["a", "a", "a"])
+    determiners = ["the", "the", "this", "my", "your", "our"] + ([] if plural else ["a", "a", "a"])
     if plural and not negated:
-        choices += ["two", "some"]
-    adjective = rng.choice([a for a in ALL_ADJECTIVES if noun.kind in a.kinds]) if rng.random() < 0.45 else None
-    return NounPhrase(noun, plural, rng.choice(choices), adjective)
+        determiners += ["two", "some"]
+    adjective = rng.choice([a for a in ADJECTIVES if noun.kind in a.kinds]) if rng.random() < 0.45 else None
+    return NounPhrase(noun, plural, rng.choice(determiners), adjective)
 
 
 def _random_clause(rng: random.Random) -> Clause:
     negated = rng.random() < 0.2
+    pronoun = rng.random() < 0.5
     animate = ("person", "person", "animal")
-    person = rng.random() < 0.5
-    subject = rng.randrange(6) if person else _random_phrase(rng, (rng.choice(animate),), False)
-    time = rng.choice(ALL_TIMES) if rng.random() < 0.35 else None
+    subject = rng.randrange(6) if pronoun else _random_noun_phrase(rng, (rng.choice(animate),))
+    time = rng.choice(TIMES) if rng.random() < 0.35 else None
     question = rng.choice(["yes/no", "yes/no", "what", "why", "when"]) if rng.random() < 0.25 else ""
     clause = Clause(
         subject,
@@ -506,67 +541,83 @@ def _random_clause(rng: random.Random) -> Clause:
         question=question,
         punctuated=rng.random() < 0.9,
     )
-    if rng.random() < 0.15:  # the apple is red
-        subject = rng.choice((2, 3, 5)) if person else _random_phrase(rng, tuple({n.kind for n in ALL_NOUNS}), False)
-        kind = "person" if person else subject.noun.kind
-        predicate = rng.choice([a for a in ALL_ADJECTIVES if kind in a.kinds])
-        if not person:
-            subject = subject._replace(adjective=None)
-        question = question and "yes/no"
-        return replace(clause, subject=subject, predicate=predicate, question=question, time=None, time_first=False)
-    animal = not person and subject.noun.kind == "animal"
-    verb = rng.choice([v for v in ALL_VERBS if v.en[0] in ANIMALS_CAN or not animal])
-    modal = rng.choice(ALL_MODALS) if rng.random() < 0.4 else None
-    if question == "what" and verb.kinds in ((), ("person",)):  # nothing to ask for, or whom
+    if rng.random() < 0.15:
+        return _with_predicate(clause, rng)
+    return _with_verb(clause, rng)
+
+
+def _with_predicate(clause: Clause, rng: random.Random) -> Clause:
+    """Turns the clause into one with *to be* and an adjective, such as: the apple is red."""
+    if isinstance(clause.subject, int):
+        subject, kind = rng.choice((2, 3, 5)), "person"  # he, she, they
+    else:
+        subject = _random_noun_phrase(rng, tuple({noun.kind for noun in NOUNS}))._replace(adjective=None)
+        kind = subject.noun.kind
+    predicate = rng.choice([a for a in ADJECTIVES if kind in a.kinds])
+    question = clause.question and "yes/no"
+    return replace(clause, subject=subject, predicate=predicate, question=question, time=None, time_first=False)
+
+
+def _with_verb(clause: Clause, rng: random.Random) -> Clause:
+    """Adds a verb and, where they apply, a modal and an object."""
+    pronoun, question, negated = isinstance(clause.subject, int), clause.question, clause.negated
+    animal = not pronoun and clause.subject.noun.kind == "animal"
+    verb = rng.choice([v for v in VERBS if v.en[0] in ANIMAL_VERBS or not animal])
+    modal = rng.choice(MODALS) if rng.random() < 0.4 else None
+    if question == "what" and verb.kinds in ((), ("person",)):  # such verbs have no object that "what" asks for
         question = "why"
-    if question == "when" and verb.kinds and not person:  # Italian would have two nouns after the verb
+    if question == "when" and verb.kinds and not pronoun:  # Italian would have two noun phrases after the verb
         question = "why"
-    if modal and modal.en[0] == "have_to":  # non deve is must not, rather than need not
-        clause = replace(clause, negated=False)
+    if modal and modal.en[0] == "have_to":  # "non deve" means "must not", not "does not have to"
+        negated = False
     obj = None
     if verb.kinds and question != "what":
-        obj = _random_phrase(rng, verb.kinds, clause.negated)
+        obj = _random_noun_phrase(rng, verb.kinds, negated)
         if obj.noun.kind == "person" and rng.random() < 0.3:
-            obj = rng.randrange(3)
-    return replace(clause, verb=verb, modal=modal, object=obj, question=question)
+            obj = rng.randrange(len(OBJECT_PRONOUNS["en"]))
+    return replace(clause, verb=verb, modal=modal, object=obj, question=question, negated=negated)
 
 
-def _held_out(rng: random.Random) -> dict[tuple[str, str], str]:
-    """Which split owns each held-out pairing: one in twenty to validation, one in twenty to test."""
-    pairings = [(v.en[0], n.en[0]) for v in ALL_VERBS for n in ALL_NOUNS if n.kind in v.kinds]
-    pairings += [(a.en, n.en[0]) for a in ALL_ADJECTIVES for n in ALL_NOUNS if n.kind in a.kinds]
+# ---------------------------------------------------------------------------- the corpus
+
+
+def _held_out_pairings(rng: random.Random) -> dict[Pairing, str]:
+    """The split that each held-out pairing belongs to: 5% of all pairings to validation, 5% to test."""
+    pairings = [(v.en[0], n.en[0]) for v in VERBS for n in NOUNS if n.kind in v.kinds]
+    pairings += [(a.en, n.en[0]) for a in ADJECTIVES for n in NOUNS if n.kind in a.kinds]
     rng.shuffle(pairings)
     count = len(pairings) // 20
     return {p: "validation" if i < count else "test" for i, p in enumerate(pairings[: 2 * count])}
 
 
 @cache
-def _corpus(lang_src: str, lang_tgt: str, seed: int) -> dict[str, tuple[Pair, ...]]:
-    """All three splits. Training comes first, so that the others can be kept to its words."""
+def _generate_splits(lang_src: str, lang_tgt: str, seed: int) -> dict[str, tuple[Pair, ...]]:
+    """All three splits. Training is generated first, because the others may use only its words."""
     rng = random.Random(seed)
-    owner = _held_out(rng)
-    seen, known, splits = set(), set(), {}
+    split_of = _held_out_pairings(rng)
+    seen, training_words, splits = set(), set(), {}
     for split, size in SPLIT_SIZES.items():
+        allowed = set() if split == "train" else {split}
         pairs = []
         while len(pairs) < size:
             clause = _random_clause(rng)
-            if {owner.get(pairing, "train") for pairing in clause.pairings()} - {"train"} != {split} - {"train"}:
+            if {split_of[pairing] for pairing in clause.pairings() if pairing in split_of} != allowed:
                 continue
             pair = make_pair(clause, lang_src, lang_tgt)
             words = set(tokens_of(pair.src_text) + tokens_of(pair.tgt_text))
-            if pair.src_text in seen or (split != "train" and not words <= known):
+            if pair.src_text in seen or (split != "train" and not words <= training_words):
                 continue
             seen.add(pair.src_text)
             if split == "train":
-                known |= words
+                training_words |= words
             pairs.append(pair)
         splits[split] = tuple(pairs)
     return splits
 
 
 def toy_pairs(lang_src: str, lang_tgt: str, split: str, seed: int = 0) -> tuple[Pair, ...]:
-    """The pairs of one split, all different on the source side, within and across the splits.
+    """The pairs of one split. No source sentence occurs twice, within a split or across splits.
 
-    `lang_src` and `lang_tgt` are two of LANGUAGES, `split` a key of SPLIT_SIZES.
+    `lang_src` and `lang_tgt` are two of LANGUAGES, `split` is a key of SPLIT_SIZES.
     """
-    return _corpus(lang_src, lang_tgt, seed)[split]
+    return _generate_splits(lang_src, lang_tgt, seed)[split]

@@ -1,4 +1,7 @@
-"""The video's model, written out here as a function of its weights, against what convert.py makes of them."""
+"""Converted weights give the logits of the tutorial's model, which is written out here as a function of its weights.
+
+D  d_model    FF  d_ff    H  heads
+"""
 
 import math
 
@@ -8,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from config import InputError
-from convert import convert
+from convert import main
 from dataset import EOS, SOS, SPECIAL_TOKENS
 from model import causal_mask
 from translate import Translator
@@ -17,9 +20,9 @@ D, FF, H, LAYERS, LENGTH = 64, 128, 4, 3, 50
 
 
 def norm(w: dict, name: str, x: Tensor) -> Tensor:
-    """The unbiased deviation, and epsilon outside the root."""
-    centred = x - x.mean(-1, keepdim=True)
-    return w[f"{name}.alpha"] * centred / (x.std(-1, keepdim=True) + 1e-6) + w[f"{name}.bias"]
+    """The tutorial's LayerNorm: unbiased standard deviation, epsilon outside the root."""
+    centered = x - x.mean(-1, keepdim=True)
+    return w[f"{name}.alpha"] * centered / (x.std(-1, keepdim=True) + 1e-6) + w[f"{name}.bias"]
 
 
 def attention(w: dict, name: str, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
@@ -94,7 +97,7 @@ def original_weights(src_vocab: int, tgt_vocab: int, scalar_norms: bool) -> dict
 
 @pytest.fixture
 def files(tmp_path):
-    """Tokenizers as the video trains them, and a checkpoint of random weights."""
+    """A folder with tokenizers trained as in the tutorial, and their vocabulary sizes."""
     texts = {
         "en": ["the cat sees a dog", "a dog sleeps here"] * 2,
         "it": ["il gatto vede un cane", "un cane dorme"] * 2,
@@ -109,7 +112,7 @@ def files(tmp_path):
     return tmp_path, sizes
 
 
-def converted(folder, **changes) -> Translator:
+def convert(folder, **changes) -> Translator:
     run = folder / "run"
     arguments = {
         "weights": str(folder / "tmodel_19.pt"),
@@ -120,19 +123,19 @@ def converted(folder, **changes) -> Translator:
         "run_dir": str(run),
         "num_heads": H,
     }
-    convert(**{**arguments, **changes})
+    main(**{**arguments, **changes})
     return Translator.load(run, "cpu")
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("scalar_norms", [False, True])
-def test_logits_and_tokens_are_those_of_the_original(files, scalar_norms):
+def test_logits_and_greedy_translations_equal_the_originals(files, scalar_norms):
     folder, sizes = files
     w = original_weights(*sizes, scalar_norms)
     torch.save(
         {"epoch": 19, "model_state_dict": w, "optimizer_state_dict": {}, "global_step": 7}, folder / "tmodel_19.pt"
     )
-    translator = converted(folder)
+    translator = convert(folder)
     source = translator.encode("the dog sees a cat")
     target = [SOS, 5, 6, 7, 8, 4]
     mask = torch.ones(1, 1, 1, len(source), dtype=torch.bool)
@@ -145,20 +148,20 @@ def test_logits_and_tokens_are_those_of_the_original(files, scalar_norms):
 
 
 @pytest.mark.parametrize("changes", [{"weights": "none.pt"}, {"num_heads": 7}, {"lang_tgt": "en"}])
-def test_bad_input_is_named_and_leaves_no_run(files, changes):
+def test_bad_arguments_raise_an_error_and_write_nothing(files, changes):
     folder, sizes = files
     torch.save({"model_state_dict": original_weights(*sizes, False)}, folder / "tmodel_19.pt")
     with pytest.raises(InputError):
-        converted(folder, **changes)
+        convert(folder, **changes)
     assert not (folder / "run").exists()
 
 
-def test_other_files_are_refused(files):
+def test_files_that_are_not_the_tutorials_checkpoints_are_rejected(files):
     folder, sizes = files
     for content in ({"model": 1}, {"model_state_dict": {"w": torch.ones(1)}}):
         torch.save(content, folder / "tmodel_19.pt")
-        with pytest.raises(InputError, match=r"the video's train\.py"):
-            converted(folder)
+        with pytest.raises(InputError, match=r"the tutorial's train\.py"):
+            convert(folder)
     torch.save({"model_state_dict": original_weights(sizes[0] + 1, sizes[1], False)}, folder / "tmodel_19.pt")
-    with pytest.raises(InputError, match="does not fit the tokenizers"):
-        converted(folder)
+    with pytest.raises(InputError, match="do not fit the tokenizers"):
+        convert(folder)

@@ -1,3 +1,5 @@
+"""Scores of known translations, and the command line of evaluate.py."""
+
 import json
 import subprocess
 import sys
@@ -6,10 +8,10 @@ import pytest
 from conftest import ROOT
 
 from config import InputError
-from evaluate import command, score, signature
+from evaluate import format_scores, main, score, signature
 
 
-def test_perfect_and_wrong_translations():
+def test_scores_of_perfect_and_partly_wrong_translations():
     references = ["the small cat sleeps now", "we eat two red apples"]
     perfect = score(references, references)
     assert perfect == pytest.approx({"bleu": 100, "chrf": 100, "cer": 0, "wer": 0, "exact": 100})
@@ -19,13 +21,18 @@ def test_perfect_and_wrong_translations():
     assert half["bleu"] < 100
 
 
-def test_the_signature_names_the_tokenizer():
+def test_printed_scores_have_names_and_units():
+    printed = format_scores({"bleu": 99.96, "chrf": 100.0, "cer": 0.1, "wer": 0.2, "exact": 99.5})
+    assert printed == "BLEU 100.0   chrF 100.0   CER 0.1%   WER 0.2%   exact match 99.5%"
+
+
+def test_the_signature_includes_the_tokenizer():
     assert "tok:13a" in signature()
     assert "tok:none" in signature("none")
     assert "nc:6" in signature(metric="chrf")
 
 
-def test_a_split_and_two_files(trained_run, tmp_path):
+def test_json_scores_of_two_files(trained_run, tmp_path):
     (tmp_path / "a.en").write_text("She sleeps.\nHe sleeps.\n")
     (tmp_path / "a.it").write_text("Dorme.\nDorme.\n")
     run = [sys.executable, str(ROOT / "evaluate.py"), "--run-dir", str(trained_run), "--json"]
@@ -37,21 +44,30 @@ def test_a_split_and_two_files(trained_run, tmp_path):
     assert {"bleu", "chrf", "cer", "wer", "exact", "signature", "chrf_signature", "seconds"} <= set(found)
 
 
-def test_a_sentence_too_long_for_the_run_counts_as_blank(trained_run, tmp_path, capsys):
+def test_the_scores_of_a_split_are_printed(trained_run, capsys):
+    main(run_dir=str(trained_run), split="test")
+    out = capsys.readouterr().out
+    assert "test split, 1,000 sentences, beam 1" in out
+    assert "exact match" in out
+    assert signature() in out
+
+
+def test_a_sentence_longer_than_seq_len_counts_as_a_blank_translation(trained_run, tmp_path, capsys):
     (tmp_path / "a.en").write_text("She sleeps.\n" + "I " * 80 + "\n")
     (tmp_path / "a.it").write_text("Dorme.\nIo\n")
-    command(run_dir=str(trained_run), source=str(tmp_path / "a.en"), reference=str(tmp_path / "a.it"))
+    main(run_dir=str(trained_run), source=str(tmp_path / "a.en"), reference=str(tmp_path / "a.it"))
     out = capsys.readouterr()
     assert "line 2 is left blank" in out.err
     assert "2 sentences" in out.out
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         ({"source": "a.en"}, "--reference"),
         ({"source": "a.en", "reference": "none.it"}, "none.it"),
         ({"source": "a.en", "reference": "b.it"}, "2 lines and b.it has 1"),
+        ({"source": "empty", "reference": "empty"}, "empty contains no sentences"),
         ({"beam_size": 0}, "--beam-size is 0"),
         ({"length_penalty": -1.0}, "--length-penalty is -1"),
         ({"weights": "7"}, r"no weights '7' in .*one of tmodel_00\.pt"),
@@ -60,9 +76,10 @@ def test_a_sentence_too_long_for_the_run_counts_as_blank(trained_run, tmp_path, 
         ({"average": 2, "weights": "0"}, "goes with --weights best or latest"),
     ],
 )
-def test_bad_input(trained_run, tmp_path, monkeypatch, flags, words):
+def test_bad_arguments_raise_one_line(trained_run, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.en").write_text("1\n2\n")
     (tmp_path / "b.it").write_text("1\n")
-    with pytest.raises(InputError, match=words):
-        command(run_dir=str(trained_run), **flags)
+    (tmp_path / "empty").touch()
+    with pytest.raises(InputError, match=message):
+        main(run_dir=str(trained_run), **flags)

@@ -1,3 +1,5 @@
+"""Exported runs translate as the original does, in CTranslate2 and as safetensors."""
+
 import ctranslate2
 import pytest
 import torch
@@ -6,7 +8,7 @@ import translate as tr
 from config import InputError, get_config
 from corpora.sources import load_split
 from dataset import load_tokenizer
-from export import command, to_ctranslate2, to_safetensors
+from export import main, to_ctranslate2, to_safetensors
 from train import train_model
 from translate import Translator
 
@@ -16,8 +18,8 @@ def translator(trained_run) -> Translator:
     return Translator.load(trained_run, "cpu")
 
 
-def through_ctranslate2(folder, sentences: list[str], beam_size: int) -> list[str]:
-    """As the README shows, but for the length penalty, which is another formula there."""
+def translate_with_ctranslate2(folder, sentences: list[str], beam_size: int) -> list[str]:
+    """As docs/export.md shows, without a length penalty, whose formula differs in CTranslate2."""
     engine = ctranslate2.Translator(str(folder))
     source, target = (load_tokenizer(folder / f"tokenizer_{lang}.json") for lang in ("en", "it"))
     tokens = [source.encode(sentence).tokens for sentence in sentences]
@@ -26,65 +28,65 @@ def through_ctranslate2(folder, sentences: list[str], beam_size: int) -> list[st
 
 
 @pytest.mark.parametrize("beam_size", [1, 5])
-def test_ctranslate2_writes_the_same(trained_run, translator, tmp_path, beam_size):
-    command(output_dir=str(tmp_path / "fast"), run_dir=str(trained_run))
+def test_ctranslate2_gives_the_same_translations(trained_run, translator, tmp_path, beam_size):
+    main(output_dir=str(tmp_path / "fast"), run_dir=str(trained_run))
     sentences = list(load_split(translator.config, "test")["src"])[:60]
-    ours = translator.translate(sentences, beam_size, alpha=0.0)
-    assert through_ctranslate2(tmp_path / "fast", sentences, beam_size) == ours
+    ours = translator.translate(sentences, beam_size, 0.0)
+    assert translate_with_ctranslate2(tmp_path / "fast", sentences, beam_size) == ours
 
 
-def test_int8_is_smaller_and_close(trained_run, translator, tmp_path):
+def test_int8_is_smaller_and_gives_nearly_the_same_translations(trained_run, translator, tmp_path):
     for name in ("float32", "int8"):
-        command(output_dir=str(tmp_path / name), run_dir=str(trained_run), quantization=name)
+        main(output_dir=str(tmp_path / name), run_dir=str(trained_run), quantization=name)
     sizes = [(tmp_path / name / "model.bin").stat().st_size for name in ("float32", "int8")]
     assert sizes[1] < sizes[0] / 2
     sentences = list(load_split(translator.config, "test")["src"])[:60]
-    pairs = zip(through_ctranslate2(tmp_path / "int8", sentences, 1), translator.translate(sentences), strict=True)
+    pairs = zip(
+        translate_with_ctranslate2(tmp_path / "int8", sentences, 1), translator.translate(sentences), strict=True
+    )
     assert sum(a == b for a, b in pairs) > 50
 
 
 @pytest.mark.parametrize("quantization", ["float32", "int8"])
-def test_exporting_leaves_the_model_as_it_was(translator, tmp_path, quantization):
+def test_exporting_does_not_change_the_model(translator, tmp_path, quantization):
     before = {name: w.clone() for name, w in translator.model.state_dict().items()}
     to_ctranslate2(translator, tmp_path / quantization, quantization)
     assert all(torch.equal(w, before[name]) for name, w in translator.model.state_dict().items())
 
 
-def test_safetensors_load_in_one_call_from_a_folder_or_by_a_name_of_the_hub(
-    trained_run, translator, tmp_path, monkeypatch
-):
+def test_safetensors_load_from_a_folder_or_from_the_hub(trained_run, translator, tmp_path, monkeypatch):
     folder = tmp_path / "hub"
-    command(output_dir=str(folder), run_dir=str(trained_run), form="safetensors")
+    main(output_dir=str(folder), run_dir=str(trained_run), form="safetensors")
     names = {path.name for path in folder.iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors", "tokenizer_en.json", "tokenizer_it.json"}
     sentences = ["I can eat an apple.", "She sleeps."]
     assert Translator.load(folder, "cpu").translate(sentences) == translator.translate(sentences)
     weights = Translator.load(folder, "cpu").model.state_dict()
     assert all(torch.equal(w, weights[name]) for name, w in translator.model.state_dict().items())
-    asked = []
-    monkeypatch.setattr(tr, "snapshot_download", lambda name, **_: asked.append(name) or str(folder))
+    requested = []
+    monkeypatch.setattr(tr, "snapshot_download", lambda name, **_: requested.append(name) or str(folder))
     monkeypatch.chdir(tmp_path)
     assert Translator.load("somebody/something", "cpu").translate(sentences) == translator.translate(sentences)
-    assert asked == ["somebody/something"]
+    assert requested == ["somebody/something"]
     with pytest.raises(InputError, match="exported weights, which cannot be trained on"):
         train_model(get_config("toy", run_dir=str(folder)))
     with pytest.raises(InputError, match="leave --weights and --average out"):
         Translator.load(folder, "cpu", "latest")
     with pytest.raises(InputError, match="no run in 'weights/nothing'"):
-        Translator.load("weights/nothing")  # is no name on the Hub
+        Translator.load("weights/nothing")  # weights/ is never a Hub user
     (folder / "model.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
         Translator.load(folder, "cpu")
 
 
-def test_a_folder_with_something_in_it_is_left_alone(trained_run, tmp_path):
+def test_a_folder_that_is_not_empty_is_not_written_to(trained_run, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(InputError, match="is there already"):
-        command(output_dir=str(tmp_path), run_dir=str(trained_run))
+        main(output_dir=str(tmp_path), run_dir=str(trained_run))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_an_export_may_be_exported_over_itself(translator, tmp_path):
+def test_a_safetensors_export_can_be_exported_to_its_own_folder(translator, tmp_path):
     to_safetensors(translator, tmp_path / "one")
     again = Translator.load(tmp_path / "one", "cpu")
     to_safetensors(again, tmp_path / "one")

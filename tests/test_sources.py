@@ -1,3 +1,5 @@
+"""Every kind of source gives the same pairs, bad sources give one clear line, and splits are seeded and disjoint."""
+
 import json
 from pathlib import Path
 
@@ -15,12 +17,12 @@ ROWS = [("One.", "Uno."), ("Two, too.", "Due."), ("Three!", "Tre!")]
 
 
 def write(folder: Path, kind: str) -> str:
-    """ROWS in one of the forms a corpus may have; returns the source's name."""
+    """Writes ROWS as one kind of source and returns the name of the source."""
     translations = [{"en": en, "it": it} for en, it in ROWS]
     path = folder / f"corpus.{kind}"
     if kind == "tsv":
         path.write_text("".join(f"{en}\t{it}\n" for en, it in ROWS))
-    elif kind == "csv":  # a header in the other order, and a comma in a quoted cell
+    elif kind == "csv":  # the header reverses the columns, and a quoted cell contains a comma
         path.write_text("it,en\n" + "".join(f'{it},"{en}"\n' for en, it in ROWS))
     elif kind == "jsonl":
         path.write_text("".join(json.dumps({"translation": row}) + "\n" for row in translations))
@@ -37,29 +39,28 @@ def write(folder: Path, kind: str) -> str:
             pa.table({"id": ["0", "1", "2"], "translation": translations}), subset / "train-00000-of-00001.parquet"
         )
         if "subsets" in kind:
-            subset = "- config_name: {}\n  data_files:\n  - split: train\n    path: en-it/train-*\n"
-            card = f"---\nconfigs:\n{subset.format('en-it')}{subset.format('en-xx')}---\n"
+            entry = "- config_name: {}\n  data_files:\n  - split: train\n    path: en-it/train-*\n"
+            card = f"---\nconfigs:\n{entry.format('en-it')}{entry.format('en-xx')}---\n"
             (folder / "hub" / "README.md").write_text(card)
         return str(folder / "hub")
-    elif kind == "hub of columns":
+    elif kind == "hub with columns":
         (folder / "hub").mkdir()
         (folder / "hub" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in translations))
         return str(folder / "hub")
     return str(path)
 
 
-KINDS = ["tsv", "csv", "jsonl", "parquet", "aligned", "hub", "hub with subsets", "hub of columns"]
+KINDS = ["tsv", "csv", "jsonl", "parquet", "aligned", "hub", "hub with subsets", "hub with columns"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_every_form_of_corpus_gives_the_same_pairs(tmp_path, kind, reverse):
-    if kind == "tsv" and reverse:
-        pytest.skip("a file without a header has source and target in that order")
+def test_every_kind_of_source_gives_the_same_pairs(tmp_path, kind, reverse):
     source = write(tmp_path, kind)
     languages = {"lang_src": "it", "lang_tgt": "en"} if reverse else {}
     pairs = load_pairs(source, get_config("toy", **languages))
-    sides = ("tgt", "src") if reverse else ("src", "tgt")
+    # The tsv file has no header, so that its first column is the source whatever the languages are.
+    sides = ("tgt", "src") if reverse and kind != "tsv" else ("src", "tgt")
     assert list(zip(*(list(pairs[side]) for side in sides), strict=True)) == ROWS
 
 
@@ -72,7 +73,7 @@ def test_a_null_translation_is_a_blank_pair(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_missing_language_is_named_with_those_there(tmp_path, kind):
+def test_the_error_for_a_missing_language_lists_the_available_ones(tmp_path, kind):
     source = write(tmp_path, kind)
     with pytest.raises(InputError) as error:
         load_pairs(source, get_config("toy", lang_tgt="fr"))
@@ -81,7 +82,7 @@ def test_a_missing_language_is_named_with_those_there(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("files", "source", "words"),
+    ("files", "source", "fragments"),
     [
         ({}, "none.tsv", ["none.tsv"]),
         ({}, "./none", ["none.en"]),
@@ -93,30 +94,30 @@ def test_a_missing_language_is_named_with_those_there(tmp_path, kind):
         ({"a.jsonl": '{"en": 1, "it": "1"}\n'}, "a.jsonl", ["row 1", "string"]),
         ({"a.jsonl": '[1]\n'}, "a.jsonl", ["row 1", "en"]),
         ({"a.parquet": "no"}, "a.parquet", ["Parquet"]),
-        ({"a.tsv": ""}, "a.tsv", ["a.tsv holds no pair"]),
-        ({"a.en": "", "a.it": ""}, "a", ["holds no pair"]),
+        ({"a.tsv": ""}, "a.tsv", ["a.tsv contains no pairs"]),
+        ({"a.en": "", "a.it": ""}, "a", ["contains no pairs"]),
         ({"a.jsonl": '{"translation": null}\n'}, "a.jsonl", ["row 1", "en"]),
         ({"a.jsonl": '{"translation": "en it"}\n'}, "a.jsonl", ["row 1", "en"]),
         ({}, ":train", ["no name"]),
     ],
 )  # fmt: skip
-def test_bad_corpora_are_named_in_one_line(tmp_path, monkeypatch, files, source, words):
+def test_the_error_for_a_bad_source_names_the_place_and_the_problem(tmp_path, monkeypatch, files, source, fragments):
     monkeypatch.chdir(tmp_path)
     for name, content in files.items():
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as error:
         load_pairs(source, get_config("toy"))
-    for word in words:
-        assert word in str(error.value)
+    for fragment in fragments:
+        assert fragment in str(error.value)
 
 
-def test_a_hub_that_does_not_answer_is_named_at_once(monkeypatch):
-    # the tests' HF_ENDPOINT is a closed port
+def test_the_error_for_an_unreachable_hub_suggests_the_toy_preset():
+    # conftest.py sets HF_ENDPOINT to a closed port.
     with pytest.raises(InputError, match=r"Helsinki-NLP/opus_books.*--preset toy"):
         load_pairs("Helsinki-NLP/opus_books", get_config())
 
 
-def test_only_newlines_end_lines_and_marks_and_returns_are_dropped(tmp_path):
+def test_only_newlines_end_lines_and_byte_order_marks_and_carriage_returns_are_removed(tmp_path):
     (tmp_path / "a.en").write_bytes("\ufeffone\u2028more\r\ntwo\r\n".encode())
     (tmp_path / "a.it").write_text("uno\ndue\n")
     pairs = load_pairs(str(tmp_path / "a"), get_config("toy"))
@@ -131,7 +132,7 @@ def test_blank_lines_are_blank_pairs(tmp_path, name, text):
     assert count_blank(pairs) == 1
 
 
-def test_a_quoted_cell_keeps_its_newline(tmp_path):
+def test_a_quoted_csv_cell_keeps_its_newline(tmp_path):
     (tmp_path / "a.csv").write_text('"one\ntwo",uno\n')
     assert list(load_pairs(str(tmp_path / "a.csv"), get_config("toy"))["src"]) == ["one\ntwo"]
 
@@ -144,7 +145,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert list(load_pairs(str(path), get_config("toy"))["src"]) == ["three"]
 
 
-def test_the_split_is_seeded_disjoint_and_whole(pairs_file):
+def test_the_split_is_seeded_disjoint_and_complete(pairs_file):
     config = get_config("toy", datasource=str(pairs_file), validation_source="")
     train, validation = (list(load_split(config, split)["src"]) for split in ("train", "validation"))
     assert len(validation) == 40
@@ -155,8 +156,8 @@ def test_the_split_is_seeded_disjoint_and_whole(pairs_file):
     assert validation != list(load_split(other, "validation")["src"])
 
 
-def test_a_large_corpus_is_split_in_runs_of_neighbours(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_VALIDATION", 300)
+def test_a_large_corpus_is_split_in_blocks_of_consecutive_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_VALIDATION_PAIRS", 300)
     (tmp_path / "a.tsv").write_text("".join(f"{i}\tn{i}\n" for i in range(5_000)))
     config = get_config("toy", datasource=str(tmp_path / "a.tsv"), validation_source="")
     train, validation = ([int(i) for i in load_split(config, split)["src"]] for split in ("train", "validation"))
@@ -167,7 +168,7 @@ def test_a_large_corpus_is_split_in_runs_of_neighbours(tmp_path, monkeypatch):
     assert min(validation) < 500
 
 
-def test_pairs_in_both_parts_are_counted():
+def test_validation_pairs_that_occur_in_training_are_counted():
     def pairs(*rows):
         return datasets.Dataset.from_dict(dict(zip(("src", "tgt"), zip(*rows, strict=True), strict=True)))
 
@@ -175,7 +176,7 @@ def test_pairs_in_both_parts_are_counted():
     assert count_shared(train, pairs(("a", "1"), ("b", "3"), ("c", "4"), ("d", "1"))) == 2
 
 
-def test_too_few_pairs_to_split(tmp_path):
+def test_too_few_pairs_to_split_off_validation(tmp_path):
     (tmp_path / "a.tsv").write_text("one\tuno\n" * 5)
     with pytest.raises(InputError, match="5 pairs are too few"):
         load_split(get_config("toy", datasource=str(tmp_path / "a.tsv"), validation_source=""), "train")
