@@ -41,7 +41,7 @@ def main(
         target: a translation to use instead of the run's own
         html: write an interactive page that works offline
         png: write a picture of all heads of one kind of attention
-        text: print one head as heat map, its last row as bars, and the decoding steps (default without other output)
+        text: print one head as heat map, its last row as bars, and the decoding steps; implied if no file is written
         save: write the trace to a file, which --trace-file reads
         trace_file: show a saved trace instead of translating a sentence; needs no run
         kind: kind of attention for --png and --text: encoder (self-attention), decoder (self-attention) or cross

@@ -206,7 +206,7 @@ def step_sentence(trace: AttentionTrace) -> alt.Chart:
             color=alt.condition("datum.i == step", alt.value(HIGHLIGHT), alt.value(TEXT)),
         )
         .properties(
-            width=max(420, 62 * (last + 1)), height=24, title="translation so far; in red: the token of this step"
+            width=max(420, 62 * (last + 1)), height=24, title="Translation so far; in red: the token of this step"
         )
     )
 
@@ -233,7 +233,7 @@ def step_candidates(trace: AttentionTrace) -> alt.LayerChart:
         .encode(text="label:N", color=alt.value(TEXT), x=alt.X("probability:Q"))
         .transform_calculate(label="datum.token + '  ' + format(datum.probability, '.1%')")
     )
-    return (bars + names).properties(width=300, height=110, title="most probable next tokens")
+    return (bars + names).properties(width=300, height=110, title="Most probable next tokens")
 
 
 def step_attention(trace: AttentionTrace) -> alt.Chart:
@@ -251,7 +251,7 @@ def step_attention(trace: AttentionTrace) -> alt.Chart:
         .properties(
             width=22 * len(trace.src_tokens),
             height=26 * len(trace.weights["cross"]),
-            title="cross-attention, mean over heads",
+            title="Cross-attention, mean over heads",
         )
     )
 
@@ -286,11 +286,11 @@ def step_heat_map(steps: pd.DataFrame, trace: AttentionTrace, value: str = "logi
     )
     height = 22 * steps["step"].nunique()
     table = (cells + frames + numbers).properties(
-        width=30 * len(words), height=height, title=f"{value} of each word; framed: the chosen word"
+        width=30 * len(words), height=height, title=f"{value.capitalize()} of each word; framed: the chosen word"
     )
     last_layer = packed_table(mean_over_heads(trace), "cross", len(trace.weights["cross"]) - 1)
     attention = heat_map(unpacked_weights(last_layer), "cross").properties(
-        width=22 * len(trace.src_tokens), height=height, title="cross-attention of the last layer, mean over heads"
+        width=22 * len(trace.src_tokens), height=height, title="Cross-attention of the last layer, mean over heads"
     )
     both = alt.hconcat(table, attention, spacing=20).resolve_scale(color="independent")
     return both.add_params(*token_params(trace))
@@ -313,7 +313,7 @@ def variant_bars(table: pd.DataFrame) -> alt.HConcatChart:
         alt.Chart(table)
         .mark_text(align="left", limit=460)
         .encode(x=alt.value(0), y=alt.Y("variant:N", title=None, sort=variants, axis=None), text="translation:N")
-        .properties(width=460, height=height, title="translation")
+        .properties(width=460, height=height, title="Translation")
     )
     return alt.hconcat(bars, translations)
 
@@ -338,9 +338,9 @@ def difference(
 
     diverging = alt.Scale(domain=[-1, 1], clamp=True, scheme="redblue")
     charts = alt.hconcat(
-        head_of(before, "before"),
-        head_of(after, "after"),
-        head_of(changed, "after - before").encode(color=alt.Color("weight:Q", scale=diverging, title="difference")),
+        head_of(before, "Before"),
+        head_of(after, "After"),
+        head_of(changed, "After - before").encode(color=alt.Color("weight:Q", scale=diverging, title="difference")),
     )
     charts = charts.resolve_scale(color="independent").add_params(*token_params(before))
     return titled(charts, kind, f"layer {layer}, head {head}")
@@ -348,7 +348,7 @@ def difference(
 
 def importance_heat_map(importance: pd.DataFrame, value: str = "bleu_drop") -> alt.FacetChart:
     """Head importance: how much BLEU, or the other `value`, drops with each head switched off."""
-    name = {"bleu_drop": "drop in BLEU", "exact_drop": "drop in exact match (points)"}.get(value, value)
+    name = {"bleu_drop": "Drop in BLEU", "exact_drop": "Drop in exact match (points)"}.get(value, value)
     return value_per_head(importance, value, f"{name} with one head switched off", alt.Scale(scheme="oranges"))
 
 

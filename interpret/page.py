@@ -109,7 +109,7 @@ def thumbnails(heads: alt.Chart, L: int, H: int, pick: alt.Parameter) -> alt.Lay
         )
         .add_params(pick)
     )
-    return (cells + frames).properties(width=side * H, height=side * L, title="all heads; click to select one")
+    return (cells + frames).properties(width=side * H, height=side * L, title="All heads; click to select one")
 
 
 def selected_heat_map(selected: alt.Chart, longest: int, hover: alt.Parameter) -> alt.Chart:
@@ -126,7 +126,7 @@ def selected_heat_map(selected: alt.Chart, longest: int, hover: alt.Parameter) -
             tooltip=TOOLTIP,
         )
         .add_params(hover)
-        .properties(width=side, height=side, title="selected head")
+        .properties(width=side, height=side, title="Selected head")
     )
 
 
@@ -158,7 +158,7 @@ def selected_lines(selected: alt.Chart, longest: int, hover: alt.Parameter) -> a
         .encode(x=x, y=y, text="token:N")
         for side, align, tokens in (("query", "right", QUERY_TOKENS), ("key", "left", KEY_TOKENS))
     ]
-    return alt.layer(lines, *tokens).properties(width=420, height=18 * longest, title="queries (left) and keys (right)")
+    return alt.layer(lines, *tokens).properties(width=420, height=18 * longest, title="Queries (left) and keys (right)")
 
 
 def row_bars(selected: alt.Chart, longest: int, hover: alt.Parameter) -> alt.Chart:
@@ -171,7 +171,7 @@ def row_bars(selected: alt.Chart, longest: int, hover: alt.Parameter) -> alt.Cha
             y=alt.Y("column:O", title=None, axis=token_axis(KEY_TOKENS)),
             tooltip=TOOLTIP,
         )
-        .properties(width=300, height=18 * longest, title="weights of the row under the pointer")
+        .properties(width=300, height=18 * longest, title="Weights of the row under the pointer")
     )
 
 

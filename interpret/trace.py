@@ -1,7 +1,8 @@
 """Records the attention of one translation, and merges subwords into words.
 
     L  layers    H  heads    Q  query positions (rows)    K  key positions (columns)
-    S  source tokens         T  target tokens that the decoder reads: [SOS] and the translation
+    S  source tokens    V  target vocabulary
+    T  target tokens that the decoder reads: [SOS] and the translation
 
 There are three kinds of attention. `encoder` and `decoder` are the self-attention of the two stacks; `cross` is
 the decoder's attention over the encoder output. Rows are queries and columns are keys: in cross-attention, rows
@@ -67,7 +68,7 @@ class AttentionTrace:
                 about["candidates"] = [[(token, log_p) for token, log_p in step] for step in about["candidates"]]
                 return cls(weights={kind: arrays[kind] for kind in KINDS}, **about)
         except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
-            raise InputError(f"{path} is not a saved trace ({error}); write one with AttentionTrace.save") from None
+            raise InputError(f"{path} is not a saved trace ({error}); write one with visualize.py --save") from None
 
 
 # ---------------------------------------------------------------------------- recording

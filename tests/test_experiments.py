@@ -203,8 +203,8 @@ def test_step_table_holds_the_logits_of_the_model(translator):
     assert table.groupby("step")["logit"].max().tolist() == table[table["chosen"]]["logit"].tolist()
     assert table["label"][0].startswith("1) [SOS] → ")
     assert f"[{table['logit'][0]:.2f}]" in text.step_table_text(table)
-    whole = sum(math.log(p) for p in table[table["chosen"]]["probability"])
-    assert whole == pytest.approx(e.log_probability(translator, SENTENCE, ids), abs=1e-3)
+    total = sum(math.log(p) for p in table[table["chosen"]]["probability"])
+    assert total == pytest.approx(e.log_probability(translator, SENTENCE, ids), abs=1e-3)
 
 
 def test_charts_of_experiments_are_drawn(translator, tmp_path):

@@ -95,8 +95,8 @@ def test_saved_trace_is_loaded_unchanged(traced, tmp_path):
         assert set(arrays) == {"about", *KINDS}
         about = "src_tokens tgt_tokens next_tokens next_pieces src_words tgt_words candidates run"
         assert set(json.loads(str(arrays["about"]))) == set(about.split())
-    whole = (tmp_path / "trace.npz").read_bytes()
-    for bad in (b"no", b"", whole[: len(whole) // 2]):
+    content = (tmp_path / "trace.npz").read_bytes()
+    for bad in (b"no", b"", content[: len(content) // 2]):
         (tmp_path / "bad.npz").write_bytes(bad)
         with pytest.raises(InputError, match=r"bad\.npz is not a saved trace"):
             AttentionTrace.load(tmp_path / "bad.npz")
@@ -279,7 +279,7 @@ def test_every_chart_is_drawn(trace, tmp_path):
         charts.rollout_layers(trace, "encoder"),
         charts.query_in_all_heads(trace, "cross", 2),
         charts.decode_stepper(trace),
-        charts.value_per_head(measures.head_statistics(trace), "entropy", "entropy in bits"),
+        charts.value_per_head(measures.head_statistics(trace), "entropy", "Entropy in bits"),
         page.explorer(trace),
     ]
     for chart in drawn:
