@@ -1,12 +1,11 @@
-"""What a part does, learnt by taking it away: attention corrupted, sublayers switched off, words reordered.
+"""Measures what parts of the network do: attention is corrupted, sublayers are switched off, words are reordered.
 
-    B  sentences    H  heads    Q  query positions    K  key positions    T  decoder positions    D  d_model
+    B  sentences    N  unfinished sentences    T  target tokens that the decoder reads    V  target vocabulary
 
     python experiments.py "I can eat an apple."
 
-The model knows nothing of this file. Attention is changed through `intervene`, after the softmax;
-everything else through PyTorch's forward hooks. Each change is a context manager: inside it the
-model is the variant, on leaving it the model is as before, and two of them can be nested.
+The changes are the variants of interpret/interventions.py. The baseline is the unchanged model. Translations are
+greedy and computed without a KV cache, because a variant may change all positions.
 """
 
 import sys
@@ -26,16 +25,17 @@ from dataset import EOS, SOS, padding_mask
 from evaluate import score
 from interpret.interventions import UNIFORM_CROSS, VARIANTS, Variant, head_off
 from interpret.page import report_page, save_html
-from interpret.trace import AttentionTrace, trace
+from interpret.text import step_table_text, variants_text
+from interpret.trace import AttentionTrace, record_trace
 from model import Transformer, causal_mask
 from search import greedy_decode
 from translate import Translator
 
-# ---------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------- decoding without a cache
 
 
 class PlainDecoder:
-    """A StepDecoder without a cache: each step computes all T positions, so that a change may depend on them."""
+    """A StepDecoder without a KV cache: every step computes all T positions, so a change can depend on all of them."""
 
     def __init__(self, model: Transformer, source: Tensor):
         self.model, self.src_mask = model, padding_mask(source)
@@ -57,7 +57,7 @@ class PlainDecoder:
 
 @torch.inference_mode()
 def search_plainly(translator: Translator, sentences: list[str], at_once: int = 100) -> list[list[int]]:
-    """Target ids by greedy search over PlainDecoder, at most as long as Translator would make them."""
+    """Target ids by greedy search without a cache, with the length limits of Translator."""
     sources = [translator.encode(sentence) for sentence in sentences]
     found: list[list[int]] = [[]] * len(sources)
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
@@ -73,9 +73,12 @@ def translate_plainly(translator: Translator, sentences: list[str]) -> list[str]
     return [translator.tokenizer_tgt.decode(ids) for ids in search_plainly(translator, sentences)]
 
 
+# ---------------------------------------------------------------------------- one sentence
+
+
 @torch.inference_mode()
 def step_logits(translator: Translator, sentence: str, target_ids: list[int]) -> Tensor:
-    """Logits (T, V) of each step of a given translation, its [EOS] included."""
+    """Logits (T, V) of every step of a given translation, including the step that predicts [EOS]."""
     source = torch.tensor([translator.encode(sentence)], device=translator.device)
     decoder_input = torch.tensor([[SOS, *target_ids]], device=translator.device)
     mask = causal_mask(decoder_input.size(1), source.device)
@@ -83,56 +86,102 @@ def step_logits(translator: Translator, sentence: str, target_ids: list[int]) ->
 
 
 def log_probability(translator: Translator, sentence: str, target_ids: list[int]) -> float:
-    """log p(target, [EOS] | sentence), in nats."""
+    """log p(target, [EOS] | sentence) in nats."""
     log_p = step_logits(translator, sentence, target_ids).log_softmax(-1)
     return log_p[torch.arange(len(log_p)), torch.tensor([*target_ids, EOS], device=log_p.device)].sum().item()
 
 
-def compare(translator: Translator, sentence: str, variants: list[Variant] = VARIANTS) -> pd.DataFrame:
-    """Every variant on one sentence: variant, translation, change, differs, says.
+def step_table(
+    translator: Translator, sentence: str, words: list[str] | None = None, runners_up: int = 1
+) -> pd.DataFrame:
+    """Logits and probabilities of the decoding steps: step, label, word, logit, probability, chosen.
 
-    `change` is that of the baseline output's log-probability, in nats; `differs` the first token that is
-    not the baseline's.
+    One row per step and word. The words are the given ones; by default the tokens of the translation and the
+    `runners_up` next most probable tokens of each step. Raises InputError for a word that is not in the vocabulary.
     """
-    decode, name = translator.tokenizer_tgt.decode, translator.tokenizer_tgt.id_to_token
-    (ids,) = search_plainly(translator, [sentence])
-    whole = log_probability(translator, sentence, ids)
-    nothing = {"change": 0.0, "differs": "", "says": "Nothing is changed."}
-    lines = [{"variant": "baseline", "translation": decode(ids), **nothing}]
+    ids = translator.search([translator.encode(sentence)])[0]
+    logits = step_logits(translator, sentence, ids)
+    chosen, token = [*ids, EOS], translator.tokenizer_tgt.id_to_token
+    if words is None:
+        top = logits.topk(runners_up + 1).indices.tolist()
+        shown = list(dict.fromkeys([*chosen, *(i for step in top for i in step)]))
+    else:
+        shown = [translator.tokenizer_tgt.token_to_id(word) for word in words]
+        if None in shown:
+            raise InputError(f"no token {words[shown.index(None)]!r} in the target vocabulary of this run")
+    p = logits.softmax(-1)
+    read = ["[SOS]", *(token(i) for i in ids)]
+    return pd.DataFrame([
+        {"step": t, "label": f"{t + 1}) {read[t]} → {token(chosen[t])}", "word": token(i), "logit": logits[t, i].item(),
+         "probability": p[t, i].item(), "chosen": i == chosen[t]}
+        for t in range(len(chosen)) for i in shown
+    ])  # fmt: skip
+
+
+def compare(translator: Translator, sentence: str, variants: list[Variant] = VARIANTS) -> pd.DataFrame:
+    """The baseline and every variant on one sentence: variant, translation, change, differs, description.
+
+    `change` is the change in log-probability of the baseline's translation, in nats. `differs` is the first token
+    that differs from the baseline's translation.
+    """
+    decode, token = translator.tokenizer_tgt.decode, translator.tokenizer_tgt.id_to_token
+    (baseline_ids,) = search_plainly(translator, [sentence])
+    baseline_log_p = log_probability(translator, sentence, baseline_ids)
+    baseline = {"variant": "baseline", "translation": decode(baseline_ids), "change": 0.0, "differs": ""}
+    lines = [{**baseline, "description": "The unchanged model."}]
     for variant in variants:
         with variant.apply(translator.model):
-            (other,) = search_plainly(translator, [sentence])
-            change = log_probability(translator, sentence, ids) - whole
-        differs = first_difference([*map(name, ids), "[EOS]"], [*map(name, other), "[EOS]"])
-        line = {"variant": variant.name, "translation": decode(other), "change": change, "differs": differs}
-        lines.append({**line, "says": variant.says})
+            (ids,) = search_plainly(translator, [sentence])
+            change = log_probability(translator, sentence, baseline_ids) - baseline_log_p
+        differs = first_difference([*map(token, baseline_ids), "[EOS]"], [*map(token, ids), "[EOS]"])
+        line = {"variant": variant.name, "translation": decode(ids), "change": change, "differs": differs}
+        lines.append({**line, "description": variant.description})
     return pd.DataFrame(lines)
 
 
-def first_difference(one: list[str], other: list[str]) -> str:
-    """Where and how two translations part, as in "3: essen → lesen"; empty where they do not."""
-    for i, (x, y) in enumerate(zip(one, other, strict=False), start=1):
-        if x != y:
-            return f"{i}: {x} → {y}"
+def first_difference(tokens: list[str], others: list[str]) -> str:
+    """The first difference: its position, from 1, and both tokens, as in "3: essen → lesen"; empty if there is none."""
+    for i, (token, other) in enumerate(zip(tokens, others, strict=False), start=1):
+        if token != other:
+            return f"{i}: {token} → {other}"
     return ""
+
+
+def trace_variant(translator: Translator, sentence: str, target: str | list[int], variant: Variant) -> AttentionTrace:
+    """The trace of a given translation, read by the variant."""
+    with variant.apply(translator.model):
+        return record_trace(translator, sentence, target)
+
+
+def reordered(sentence: str, order: list[int]) -> str:
+    """The words of the sentence in another order: reordered("I can eat apples", [2, 3, 1, 0]) is "eat apples can I"."""
+    words = sentence.split()
+    if sorted(order) != list(range(len(words))):
+        raise InputError(f"the order {order} must name each of the {len(words)} words, 0 to {len(words) - 1}, once")
+    return " ".join(words[i] for i in order)
+
+
+# ---------------------------------------------------------------------------- a split
 
 
 def measure(
     translator: Translator, sources: list[str], references: list[str], variants: list[Variant] = VARIANTS
 ) -> pd.DataFrame:
-    """BLEU and exact matches of every variant over some sentences, the baseline first."""
+    """BLEU and exact match (percent) of the baseline and of every variant: variant, bleu, exact."""
     lines = []
     for variant in tqdm([None, *variants], desc="Variants", unit="variant", leave=False):
         with variant.apply(translator.model) if variant else ExitStack():
             scores = score(translate_plainly(translator, sources), references)
-        lines.append(
-            {"variant": variant.name if variant else "baseline", "bleu": scores["bleu"], "exact": scores["exact"]}
-        )
+        name = variant.name if variant else "baseline"
+        lines.append({"variant": name, "bleu": scores["bleu"], "exact": scores["exact"]})
     return pd.DataFrame(lines)
 
 
 def head_importance(translator: Translator, sources: list[str], references: list[str]) -> pd.DataFrame:
-    """How much worse the translations are with one head off: kind, layer, head, bleu_drop, exact_drop (in points)."""
+    """The drop in BLEU and exact match (points) with each head alone switched off.
+
+    Columns kind, layer, head, bleu_drop, exact_drop.
+    """
     heads = [
         (kind, layer, head)
         for kind, blocks in translator.model.attention_blocks().items()
@@ -140,78 +189,15 @@ def head_importance(translator: Translator, sources: list[str], references: list
         for head in range(block.h)
     ]
     table = measure(translator, sources, references, [head_off(*place) for place in heads])
-    whole, rest = table.iloc[0], table.iloc[1:].reset_index(drop=True)
+    baseline, without = table.iloc[0], table.iloc[1:].reset_index(drop=True)
     places = pd.DataFrame(heads, columns=["kind", "layer", "head"])
-    return places.assign(bleu_drop=whole["bleu"] - rest["bleu"], exact_drop=whole["exact"] - rest["exact"])
-
-
-def traced(translator: Translator, sentence: str, target: str | list[int], variant: Variant) -> AttentionTrace:
-    """The attention of a variant while it reads a given translation."""
-    with variant.apply(translator.model):
-        return trace(translator, sentence, target)
-
-
-def step_table(
-    translator: Translator, sentence: str, words: list[str] | None = None, runners_up: int = 1
-) -> pd.DataFrame:
-    """Each decoding step with the interesting words: step, label, word, logit, probability, chosen.
-
-    Without `words`, those that were written and the `runners_up` likeliest others of each step.
-    """
-    ids = translator.search([translator.encode(sentence)])[0]
-    logits = step_logits(translator, sentence, ids)
-    chosen, name = [*ids, EOS], translator.tokenizer_tgt.id_to_token
-    if words is None:
-        best = logits.topk(runners_up + 1).indices.tolist()
-        interesting = list(dict.fromkeys([*chosen, *(i for step in best for i in step)]))
-    else:
-        interesting = [translator.tokenizer_tgt.token_to_id(word) for word in words]
-        if None in interesting:
-            raise InputError(f"no token {words[interesting.index(None)]!r} in the target vocabulary of this run")
-    p = logits.softmax(-1)
-    read = ["[SOS]", *(name(i) for i in ids)]
-    return pd.DataFrame([
-        {"step": t, "label": f"{t + 1}) {read[t]} → {name(chosen[t])}", "word": name(i), "logit": logits[t, i].item(),
-         "probability": p[t, i].item(), "chosen": i == chosen[t]}
-        for t in range(len(chosen)) for i in interesting
-    ])  # fmt: skip
-
-
-def step_text(table: pd.DataFrame, value: str = "logit") -> str:
-    """The step table for the terminal; the chosen word stands in brackets."""
-    words = list(dict.fromkeys(table["word"]))
-    width = max(9, *(len(word) + 1 for word in words))
-    left = max(len(label) for label in table["label"])
-    lines = [" " * left + "".join(f"{word:>{width}}" for word in words)]
-    for _, group in table.groupby("step"):
-        cells = [f"[{v:.2f}]" if mark else f"{v:.2f} " for v, mark in zip(group[value], group["chosen"], strict=True)]
-        lines.append(f"{group['label'].iloc[0]:<{left}}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join(lines)
-
-
-def reordered(sentence: str, order: list[int]) -> str:
-    """The sentence's words in another order: reordered("I can eat apples", [2, 3, 1, 0]) is "eat apples can I"."""
-    words = sentence.split()
-    if sorted(order) != list(range(len(words))):
-        raise InputError(f"the order {order} does not name each of the {len(words)} words 0 to {len(words) - 1} once")
-    return " ".join(words[i] for i in order)
-
-
-def as_text(table: pd.DataFrame, width: int = 44) -> str:
-    """The table of variants for the terminal."""
-    numbers = [name for name in ("bleu", "exact") if name in table]
-    lines = [f"{'variant':<42} {'change':>7} {''.join(f'{name:>7}' for name in numbers)}  translation"]
-    for row in table.to_dict("records"):
-        text = row["translation"] if len(row["translation"]) <= width else row["translation"][: width - 1] + "…"
-        scores = "".join(f"{row[name]:7.1f}" for name in numbers)
-        lines.append(f"{row['variant']:<42} {row['change']:+7.1f} {scores}  {text}")
-    return "\n".join(lines)
+    return places.assign(bleu_drop=baseline["bleu"] - without["bleu"], exact_drop=baseline["exact"] - without["exact"])
 
 
 # ---------------------------------------------------------------------------- command line
 
 
-def command(
+def main(
     sentence: Annotated[str | None, tyro.conf.Positional] = None,
     /,
     run_dir: str = "",
@@ -222,26 +208,26 @@ def command(
     csv: str = "",
     device: str = "auto",
 ) -> None:
-    """Takes parts of a trained run away and shows what that does to a translation.
+    """Compares the translation of a sentence with those of changed models: attention corrupted, parts switched off.
 
     Args:
-        sentence: what to translate with every variant
-        run_dir: the run's folder; empty: the run trained last
-        heads: also measure how much worse a split gets with each head off
-        split: also measure every variant over this split: validation or test
-        sentences: how many sentences of the split
-        html: write the results as one page that needs no network
-        csv: write the table of variants to this file, and head importance beside it
+        sentence: the sentence to translate
+        run_dir: folder of the run; empty: the run trained last
+        heads: also measure head importance: the drop in BLEU with each head switched off
+        split: also measure BLEU and exact match of every variant on this split: validation or test
+        sentences: number of sentences of the split
+        html: write the results as one page that works offline
+        csv: write the table of variants to this file, and head importance to a second one beside it
         device: auto, cuda, mps or cpu
     """
     if not sentence or not sentence.strip():
         raise InputError('give a sentence, as in python experiments.py "I can eat an apple."')
     for path in (html, csv):
         if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-            raise InputError(f"cannot write {path}; give the name of a file in a folder that is there")
+            raise InputError(f"cannot write {path}; give the name of a file in an existing folder")
     translator = Translator.load(run_dir, device)
     steps = step_table(translator, sentence)
-    print(step_text(steps) + "\n")
+    print(step_table_text(steps) + "\n")
     table = compare(translator, sentence)
     importance = None
     if heads or split:
@@ -252,18 +238,25 @@ def command(
             table = table.merge(measure(translator, sources, references), on="variant")
         if heads:
             importance = head_importance(translator, sources, references)
-    print(as_text(table))
+    print(variants_text(table))
     if importance is not None:
         print("\n" + importance.sort_values("bleu_drop", ascending=False).round(2).to_string(index=False))
-    for path, frame in ((csv, table), (str(Path(csv).with_suffix(".heads.csv")) if csv else "", importance)):
-        if path and frame is not None:
-            frame.to_csv(path, index=False)
-            print(f"wrote {path}", file=sys.stderr)
+    if csv:
+        write_csv(table, Path(csv))
+        if importance is not None:
+            write_csv(importance, Path(csv).with_suffix(".heads.csv"))
     if html:
-        corrupted = traced(translator, sentence, translator.search([translator.encode(sentence)])[0], UNIFORM_CROSS)
-        save_html(report_page(sentence, trace(translator, sentence), corrupted, steps, table, importance), html)
+        trace = record_trace(translator, sentence)
+        ids = translator.search([translator.encode(sentence)])[0]
+        corrupted = trace_variant(translator, sentence, ids, UNIFORM_CROSS)
+        save_html(report_page(sentence, trace, corrupted, steps, table, importance), html)
         print(f"wrote {html} ({Path(html).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
 
 
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    table.to_csv(path, index=False)
+    print(f"wrote {path}", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    run_command(lambda argv: parse(command, argv))
+    run_command(lambda argv: parse(main, argv))

@@ -1,1 +1,1 @@
-"""Attention and predictions of a trained run: traces, measures, charts, text, interventions."""
+"""Interpretation of a trained run: attention traces, measures, interventions, charts, an offline page, text views."""

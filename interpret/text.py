@@ -1,50 +1,112 @@
-"""Attention as text for the terminal."""
+"""Views of a trace and of experiments as text, for the terminal.
 
-from interpret.measures import across_layers, steps_table, weights_table
-from interpret.trace import AttentionTrace
+L  layers    H  heads    Q  query positions (rows)    K  key positions (columns)
+"""
 
-BLOCKS = " ░▒▓█"
+import numpy as np
+import pandas as pd
+
+from dataset import SPECIAL_TOKENS
+from interpret.measures import candidates_table, weights_of_query, weights_table
+from interpret.trace import KIND_NAMES, AttentionTrace
+
+SHADES = " ░▒▓█"
+
+# ---------------------------------------------------------------------------- attention
 
 
-def text_heat_map(trace: AttentionTrace, kind: str, layer: int, head: int, width: int = 100) -> str:
-    """A head for the terminal: a block for the eye, hundredths to read; wide ones in parts of `width` columns."""
+def describe_weights(trace: AttentionTrace, kind: str) -> str:
+    """Explains the tensor of weights of a kind by its largest weight between two tokens that are not special."""
+    weights, (rows, columns) = trace.weights[kind], trace.labels(kind)
+    L, H, Q, K = weights.shape
+    row_is_plain, column_is_plain = ([token not in SPECIAL_TOKENS for token in tokens] for tokens in (rows, columns))
+    between_plain = np.outer(row_is_plain, column_is_plain)  # (Q, K)
+    layer, head, row, column = np.unravel_index((weights * between_plain).argmax(), weights.shape)
+    place, weight = f"{layer}, {head}, {row}", weights[layer, head, row, column]
+    return (
+        f"{KIND_NAMES[kind]}: shape {weights.shape} is {L} layers, {H} heads, {Q} queries (rows), {K} keys (columns).\n"
+        f"weights[{place}, {column}] = {weight:.3f}: in layer {layer}, head {head}, the query at position {row} "
+        f"({rows[row]!r}) gives this weight to the key at position {column} ({columns[column]!r}).\n"
+        f"weights[{place}] is a probability distribution over the keys: it sums to "
+        f"{weights[layer, head, row].sum():.6f}."
+    )
+
+
+def heat_map_text(trace: AttentionTrace, kind: str, layer: int, head: int, width: int = 100) -> str:
+    """One head as a heat map: each cell is a shade and the weight in hundredths.
+
+    Columns that do not fit in `width` characters follow below.
+    """
     table = weights_table(trace, kind, [layer], [head])
-    row_labels, column_labels = (fit(labels, 10) for labels in trace.labels(kind))
-    cells = {(r, c): w for r, c, w in zip(table["row"], table["column"], table["weight"], strict=True)}
+    row_labels, column_labels = (shortened(labels, 10) for labels in trace.labels(kind))
+    weights = {(r, c): w for r, c, w in zip(table["row"], table["column"], table["weight"], strict=True)}
     per_part = max(1, (width - 12) // 6)
-    lines = [f"{kind} attention, layer {layer}, head {head}: rows look at columns; █23 is 0.23"]
+    lines = [f"{KIND_NAMES[kind]}, layer {layer}, head {head} (rows: queries, columns: keys; ░23 means 0.23)"]
     for start in range(0, len(column_labels), per_part):
         part = range(start, min(start + per_part, len(column_labels)))
         lines.append(" " * 11 + "".join(f"{column_labels[c][:5].strip():>5} " for c in part).rstrip())
         for r, label in enumerate(row_labels):
-            shown = "".join(f"{text_cell(cells[r, c]):>5} " if (r, c) in cells else "      " for c in part)
-            lines.append(f"{label:>10} {shown}".rstrip())
+            cells = "".join(f"{cell_text(weights[r, c]):>5} " if (r, c) in weights else "      " for c in part)
+            lines.append(f"{label:>10} {cells}".rstrip())
     return "\n".join(lines)
 
 
-def text_cell(weight: float) -> str:
+def cell_text(weight: float) -> str:
+    """A weight as a shade and hundredths: 0.23 is "░23"; "·" below 0.005."""
     hundredths = round(100 * weight)
-    return f"{BLOCKS[min(4, int(weight * 5))]}{hundredths:02d}" if hundredths else "·"
+    return f"{SHADES[min(4, int(weight * 5))]}{hundredths:02d}" if hundredths else "·"
 
 
-def fit(labels: list[str], width: int) -> list[str]:
+def row_bars_text(trace: AttentionTrace, kind: str, layer: int, head: int, row: int, width: int = 40) -> str:
+    """One row of a head as bars with percentages, largest first."""
+    table = weights_of_query(trace, kind, row)
+    table = table[(table["layer"] == layer) & (table["head"] == head)].sort_values("weight", ascending=False)
+    lines = [f"{KIND_NAMES[kind]}, layer {layer}, head {head}, row {row} ({trace.labels(kind)[0][row]})"]
+    for token, weight in zip(table["column_token"], table["weight"], strict=True):
+        lines.append(f"{shortened([token], 12)[0]:>12} {'█' * round(width * weight):<{width}} {weight:4.0%}")
+    return "\n".join(lines)
+
+
+def shortened(labels: list[str], width: int) -> list[str]:
+    """Labels of at most `width` characters; longer ones end in an ellipsis."""
     return [label if len(label) <= width else label[: width - 1] + "…" for label in labels]
 
 
-def token_bars(trace: AttentionTrace, kind: str, layer: int, head: int, row: int, width: int = 40) -> str:
-    """One row of a head as bars with percentages, the largest first."""
-    table = across_layers(trace, kind, row)
-    table = table[(table["layer"] == layer) & (table["head"] == head)].sort_values("weight", ascending=False)
-    lines = [f"{trace.labels(kind)[0][row]} (row {row}) of {kind} attention, layer {layer}, head {head}"]
-    for token, weight in zip(table["column_token"], table["weight"], strict=True):
-        lines.append(f"{fit([token], 12)[0]:>12} {'█' * round(width * weight):<{width}} {weight:4.0%}")
+# ---------------------------------------------------------------------------- decoding and experiments
+
+
+def candidates_text(trace: AttentionTrace) -> str:
+    """A line per decoding step: the token read, the token written, and the top-k next tokens with probabilities."""
+    lines = []
+    for step, group in candidates_table(trace).groupby("step"):
+        top = "  ".join(f"{token} {p:.0%}" for token, p in zip(group["token"], group["probability"], strict=True))
+        lines.append(f"{step + 1:>3}) {group['read'].iloc[0]:>12} → {group['written'].iloc[0]:<12} {top}")
     return "\n".join(lines)
 
 
-def steps_text(trace: AttentionTrace) -> str:
-    """The decoding steps with their likeliest next tokens."""
-    lines = []
-    for step, group in steps_table(trace).groupby("step"):
-        shown = "  ".join(f"{token} {p:.0%}" for token, p in zip(group["token"], group["probability"], strict=True))
-        lines.append(f"{step + 1:>3}) {group['read'].iloc[0]:>12} → {group['written'].iloc[0]:<12} {shown}")
+def step_table_text(table: pd.DataFrame, value: str = "logit") -> str:
+    """The `step_table` of experiments.py: steps down, words across, the chosen word in brackets."""
+    words = list(dict.fromkeys(table["word"]))
+    width = max(9, *(len(word) + 1 for word in words))
+    left = max(len(label) for label in table["label"])
+    lines = [" " * left + "".join(f"{word:>{width}}" for word in words)]
+    for _, group in table.groupby("step"):
+        cells = [
+            f"[{v:.2f}]" if chosen else f"{v:.2f} " for v, chosen in zip(group[value], group["chosen"], strict=True)
+        ]
+        lines.append(f"{group['label'].iloc[0]:<{left}}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def variants_text(table: pd.DataFrame, width: int = 44) -> str:
+    """The table of `compare`, with the scores of `measure` where they are merged in.
+
+    Translations longer than `width` characters are shortened.
+    """
+    scores = [name for name in ("bleu", "exact") if name in table]
+    lines = [f"{'variant':<42} {'change':>7} {''.join(f'{name:>7}' for name in scores)}  translation"]
+    for row in table.to_dict("records"):
+        translation = shortened([row["translation"]], width)[0]
+        numbers = "".join(f"{row[name]:7.1f}" for name in scores)
+        lines.append(f"{row['variant']:<42} {row['change']:+7.1f} {numbers}  {translation}")
     return "\n".join(lines)

@@ -1,3 +1,5 @@
+"""Interventions, variants and experiments.py."""
+
 import math
 import subprocess
 import sys
@@ -14,9 +16,9 @@ import experiments as e
 from config import InputError
 from corpora.sources import load_split
 from dataset import PAD, padding_mask
-from interpret import charts, interventions, page
-from interpret.interventions import VARIANTS, head_off, intervene, off
-from interpret.trace import KINDS, trace
+from interpret import charts, interventions, page, text
+from interpret.interventions import VARIANTS, head_off, intervene, zero
+from interpret.trace import KINDS, record_trace
 from model import causal_mask
 from translate import Translator
 
@@ -29,7 +31,7 @@ def translator(trained_run) -> Translator:
 
 
 def scores(B: int = 2, H: int = 3, Q: int = 5, K: int = 5, causal: bool = True) -> torch.Tensor:
-    """Softmax scores, the second sentence padded by one key."""
+    """Softmax scores of two sentences, the second with one key of padding."""
     torch.manual_seed(0)
     mask = torch.ones(B, 1, Q, K, dtype=torch.bool)
     mask[1, :, :, -1] = False
@@ -39,37 +41,37 @@ def scores(B: int = 2, H: int = 3, Q: int = 5, K: int = 5, causal: bool = True) 
 
 
 CHANGES = [
-    interventions.unchanged,
+    interventions.identity,
     interventions.uniform,
-    partial(interventions.first, k=2),
-    partial(interventions.last, k=2),
+    partial(interventions.first_keys, n=2),
+    partial(interventions.last_keys, n=2),
     interventions.shuffled,
-    partial(interventions.pattern, weights=torch.rand(3, 9)),
+    partial(interventions.fixed_pattern, weights=torch.rand(3, 9)),
 ]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_rows_sum_to_one_and_never_see_what_is_masked(change, causal):
+def test_changed_rows_sum_to_one_and_masked_keys_stay_zero(change, causal):
     before = scores(causal=causal)
     after = change(before)
     assert torch.allclose(after.sum(-1), torch.ones(()), atol=1e-5)
     assert (after[before == 0] == 0).all()
 
 
-def test_what_each_change_does():
+def test_each_change_has_its_formula():
     before = scores()
     assert torch.allclose(interventions.uniform(before)[0, 0, 3], torch.tensor([0.25, 0.25, 0.25, 0.25, 0]))
-    assert (interventions.first(before, 2)[..., 2:] == 0).all()
-    last = interventions.last(before, 2)
+    assert (interventions.first_keys(before, 2)[..., 2:] == 0).all()
+    last = interventions.last_keys(before, 2)
     assert (last[0, 0, 4] > 0).tolist() == [False, False, False, True, True]
-    assert (last[1, 0, 4] > 0).tolist() == [False, False, True, True, False]  # its last key is padding
-    dealt = interventions.shuffled(before)
-    assert torch.allclose(dealt.sort(-1).values, before.sort(-1).values)
-    assert not torch.allclose(dealt, before)
-    head = torch.eye(4)[[1, 1, 0]]  # rows look at 1, 1, 0 and on like the last
-    assert interventions.pattern(scores(causal=False), head)[0, 0].argmax(-1).tolist() == [1, 1, 0, 0, 0]
-    assert not off(before).any()
+    assert (last[1, 0, 4] > 0).tolist() == [False, False, True, True, False]  # the last key is padding
+    shuffled = interventions.shuffled(before)
+    assert torch.allclose(shuffled.sort(-1).values, before.sort(-1).values)
+    assert not torch.allclose(shuffled, before)
+    head = torch.eye(4)[[1, 1, 0]]  # argmax of the rows: 1, 1, 0; further rows repeat the last
+    assert interventions.fixed_pattern(scores(causal=False), head)[0, 0].argmax(-1).tolist() == [1, 1, 0, 0, 0]
+    assert not zero(before).any()
 
 
 def outputs(translator: Translator) -> torch.Tensor:
@@ -79,19 +81,19 @@ def outputs(translator: Translator) -> torch.Tensor:
         return translator.model(source, target, padding_mask(source), causal_mask(4))
 
 
-def test_an_identity_gives_bit_identical_output(translator):
-    """Against attention written out, as while recording; the fused kernel rounds otherwise."""
+def test_identity_intervention_gives_bit_identical_output(translator):
+    """Compared with the explicit attention used for recording; the fused kernel rounds differently."""
     with translator.model.recording():
         plain = outputs(translator)
     with ExitStack() as stack:
         for kind in KINDS:
-            stack.enter_context(intervene(translator.model, interventions.unchanged, kind))
+            stack.enter_context(intervene(translator.model, interventions.identity, kind))
         assert torch.equal(plain, outputs(translator))
     assert torch.allclose(plain, outputs(translator), atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, head_off("cross", 1, 2)], ids=lambda v: v.name)
-def test_a_variant_changes_the_output_and_leaves_no_trace(translator, variant):
+def test_variant_changes_the_output_and_restores_the_model(translator, variant):
     plain = outputs(translator)
     weights = {name: w.clone() for name, w in translator.model.state_dict().items()}
     with variant.apply(translator.model):
@@ -101,36 +103,36 @@ def test_a_variant_changes_the_output_and_leaves_no_trace(translator, variant):
     blocks = [block for kind in translator.model.attention_blocks().values() for block in kind]
     assert all(block.intervene is None for block in blocks)
     assert not any(module._forward_hooks for module in translator.model.modules())
-    assert variant.says.endswith((".", "/n."))
+    assert variant.description.endswith((".", "/n."))
 
 
-def test_an_error_inside_restores_the_model_too(translator):
+def test_model_is_restored_after_an_error(translator):
     plain = outputs(translator)
-    with pytest.raises(RuntimeError), interventions.without(translator.model, "cross_attention", "decoder"):
+    with pytest.raises(RuntimeError), interventions.without_sublayers(translator.model, "decoder", ["cross_attention"]):
         raise RuntimeError
     assert torch.equal(plain, outputs(translator))
 
 
-def test_interventions_compose(translator):
-    """One after the other on the same head; on two heads both; a later one sees what an earlier one made."""
+def test_interventions_can_be_nested(translator):
+    """The inner one gets the result of the outer one; interventions on two heads both take effect."""
     model, seen = translator.model, []
     with (
-        intervene(model, off, "cross", [0], [1]),
+        intervene(model, zero, "cross", [0], [1]),
         intervene(model, lambda s: seen.append(s) or s, "cross", [0]),
     ):
         outputs(translator)
     assert not seen[0][:, 1].any()
     assert seen[0][:, 0].any()
     with (
-        intervene(model, off, "cross", [0], [1]),
-        intervene(model, off, "cross", [0], [2]),
+        intervene(model, zero, "cross", [0], [1]),
+        intervene(model, zero, "cross", [0], [2]),
     ):
         both = outputs(translator)
-    with intervene(model, off, "cross", [0], [1, 2]):
+    with intervene(model, zero, "cross", [0], [1, 2]):
         assert torch.equal(both, outputs(translator))
 
 
-def test_variants_do_what_their_formulas_say(translator):
+def test_variants_follow_their_formulas(translator):
     model = translator.model
     source = torch.tensor([translator.encode(SENTENCE)])
     mask, target = padding_mask(source), torch.tensor([[2, 10, 11]])
@@ -145,26 +147,26 @@ def test_variants_do_what_their_formulas_say(translator):
         with by_name["encoder: no positions"].apply(model):
             order = torch.tensor([0, 3, 1, 2, *range(4, source.size(1))])
             moved = model.encode(source[:, order], mask)
-            assert torch.allclose(moved, model.encode(source, mask)[:, order], atol=1e-5)  # order does not matter now
+            assert torch.allclose(moved, model.encode(source, mask)[:, order], atol=1e-5)  # order no longer matters
         with by_name["decoder: no cross-attention"].apply(model):
             one, other = (model.decode(x, mask, target, causal_mask(3)) for x in (encoder_output, encoder_output * 0))
             assert torch.equal(one, other)
 
 
-def test_plain_decoding_equals_decoding_with_a_cache(translator):
+def test_decoding_without_cache_equals_decoding_with_cache(translator):
     sentences = list(load_split(translator.config, "validation")["src"][:40])
     assert e.translate_plainly(translator, sentences) == translator.translate(sentences)
 
 
-def test_places_that_are_not_there_are_refused(translator):
+def test_invalid_layers_heads_orders_and_words_are_rejected(translator):
     with (
         pytest.raises(InputError, match="no layer 7"),
-        intervene(translator.model, off, "cross", [7]),
+        intervene(translator.model, zero, "cross", [7]),
     ):
         pass
     with (
         pytest.raises(InputError, match="no head 9"),
-        intervene(translator.model, off, "cross", [0], [9]),
+        intervene(translator.model, zero, "cross", [0], [9]),
     ):
         pass
     with pytest.raises(InputError, match="each of the 5 words"):
@@ -173,18 +175,18 @@ def test_places_that_are_not_there_are_refused(translator):
         e.step_table(translator, SENTENCE, ["Quark"])
 
 
-def test_one_sentence_compared(translator):
+def test_compare_lists_the_baseline_and_all_variants(translator):
     table = e.compare(translator, SENTENCE)
     assert table["variant"].tolist() == ["baseline", *(variant.name for variant in VARIANTS)]
     ids = translator.search([translator.encode(SENTENCE)])[0]
     assert table["translation"][0] == translator.tokenizer_tgt.decode(ids)
-    blind = table.set_index("variant").loc["decoder: no cross-attention"]
-    assert blind["change"] < -5
-    assert " → " in blind["differs"]
+    sourceless = table.set_index("variant").loc["decoder: no cross-attention"]
+    assert sourceless["change"] < -5
+    assert " → " in sourceless["differs"]
     assert e.reordered(SENTENCE, [2, 4, 1, 0, 3]) == "eat apple. can I an"
 
 
-def test_a_split_measured(translator):
+def test_measure_and_head_importance_on_a_split(translator):
     pairs = load_split(translator.config, "validation").select(range(30))
     table = e.measure(translator, list(pairs["src"]), list(pairs["tgt"])).set_index("variant")
     assert table.loc["baseline", "bleu"] > 50
@@ -194,32 +196,32 @@ def test_a_split_measured(translator):
     assert importance["bleu_drop"].max() > 0
 
 
-def test_the_step_table_is_the_models_logits(translator):
+def test_step_table_holds_the_logits_of_the_model(translator):
     table = e.step_table(translator, SENTENCE)
     ids = translator.search([translator.encode(SENTENCE)])[0]
     assert table[table["chosen"]]["word"].tolist() == [*(translator.tokenizer_tgt.id_to_token(i) for i in ids), "[EOS]"]
     assert table.groupby("step")["logit"].max().tolist() == table[table["chosen"]]["logit"].tolist()
     assert table["label"][0].startswith("1) [SOS] → ")
-    assert f"[{table['logit'][0]:.2f}]" in e.step_text(table)
-    whole = sum(math.log(p) for p in table[table["chosen"]]["probability"])
-    assert whole == pytest.approx(e.log_probability(translator, SENTENCE, ids), abs=1e-3)
+    assert f"[{table['logit'][0]:.2f}]" in text.step_table_text(table)
+    total = sum(math.log(p) for p in table[table["chosen"]]["probability"])
+    assert total == pytest.approx(e.log_probability(translator, SENTENCE, ids), abs=1e-3)
 
 
-def test_charts_of_experiments_draw(translator, tmp_path):
+def test_charts_of_experiments_are_drawn(translator, tmp_path):
     steps, table = e.step_table(translator, SENTENCE), e.compare(translator, SENTENCE, VARIANTS[:3])
-    before = trace(translator, SENTENCE)
-    after = e.traced(translator, SENTENCE, table["translation"][0], VARIANTS[0])
+    before = record_trace(translator, SENTENCE)
+    after = e.trace_variant(translator, SENTENCE, table["translation"][0], VARIANTS[0])
     importance = pd.DataFrame({"kind": "cross", "layer": [0, 0], "head": [0, 1], "bleu_drop": [0.5, 1.5]})
     drawn: list[alt.TopLevelMixin] = [
         charts.step_heat_map(steps, before),
         charts.step_heat_map(steps, before, "probability"),
-        charts.variants_chart(table),
+        charts.variant_bars(table),
         charts.difference(before, after, "encoder", 0, 0),
-        charts.importance_chart(importance),
+        charts.importance_heat_map(importance),
         page.report_page(
             SENTENCE,
             before,
-            e.traced(translator, SENTENCE, table["translation"][0], interventions.UNIFORM_CROSS),
+            e.trace_variant(translator, SENTENCE, table["translation"][0], interventions.UNIFORM_CROSS),
             steps,
             table,
             importance,
@@ -228,10 +230,10 @@ def test_charts_of_experiments_draw(translator, tmp_path):
     for i, chart in enumerate(drawn):
         charts.save_png(chart, tmp_path / f"{i}.png")
     with pytest.raises(ValueError, match="different tokens"):
-        charts.difference(before, trace(translator, "She sleeps."), "encoder", 0, 0)
+        charts.difference(before, record_trace(translator, "She sleeps."), "encoder", 0, 0)
 
 
-def test_the_command_line(trained_run, tmp_path):
+def test_command_line(trained_run, tmp_path):
     command = [sys.executable, str(ROOT / "experiments.py"), "--run-dir", str(trained_run)]
     outputs = ["--csv", "t.csv", "--html", "t.html", "--heads", "--split", "test", "--sentences", "10"]
     done = subprocess.run([*command, SENTENCE, *outputs], capture_output=True, text=True, cwd=tmp_path)

@@ -1,3 +1,5 @@
+"""Traces, measures, text views, charts, the page and visualize.py."""
+
 import base64
 import json
 import re
@@ -16,9 +18,8 @@ from config import InputError, get_config
 from corpora.toy import toy_pairs
 from dataset import SOS, build_bpe_tokenizer, padding_mask
 from interpret import charts, measures, page, text
-from interpret import trace as t
-from interpret.measures import allowed
-from interpret.trace import KINDS, AttentionTrace
+from interpret.measures import attention_mask
+from interpret.trace import KINDS, AttentionTrace, merge_words, record_trace, word_indices
 from model import build_transformer, causal_mask
 from translate import Translator
 
@@ -32,15 +33,15 @@ def translator(trained_run) -> Translator:
 
 @pytest.fixture(scope="module")
 def traced(translator) -> AttentionTrace:
-    return t.trace(translator, SENTENCE)
+    return record_trace(translator, SENTENCE)
 
 
 def random_trace(L: int = 2, H: int = 3, S: int = 7, T: int = 5, decoder_L: int | None = None) -> AttentionTrace:
-    """A trace of random weights, with every token twice."""
+    """A trace of random weights in which every token occurs twice."""
     rng, weights = np.random.default_rng(0), {}
     sizes = {"encoder": (L, S, S), "decoder": (decoder_L or L, T, T), "cross": (decoder_L or L, T, S)}
     for kind, (layers, Q, K) in sizes.items():
-        scores = np.exp(3 * rng.normal(size=(layers, H, Q, K))) * allowed(kind, Q, K)
+        scores = np.exp(3 * rng.normal(size=(layers, H, Q, K))) * attention_mask(kind, Q, K)
         weights[kind] = (scores / scores.sum(-1, keepdims=True)).astype(np.float32)
     src = ["[SOS]", *(f"s{i // 2}" for i in range(S - 2)), "[EOS]"]
     tgt = ["[SOS]", *(f"t{i // 2}" for i in range(T - 1))]
@@ -53,7 +54,7 @@ def random_trace(L: int = 2, H: int = 3, S: int = 7, T: int = 5, decoder_L: int 
 
 
 @torch.inference_mode()
-def test_a_trace_holds_the_weights_of_its_own_tokens(translator, traced):
+def test_trace_holds_the_weights_and_predictions_of_its_tokens(translator, traced):
     source = torch.tensor([translator.encode(SENTENCE)])
     target = torch.tensor([[SOS, *translator.search(source.tolist())[0]]])
     name = translator.tokenizer_tgt.id_to_token
@@ -73,25 +74,29 @@ def test_a_trace_holds_the_weights_of_its_own_tokens(translator, traced):
         "decoder": (T, T),
         "cross": (T, S),
     }
-    assert measures.check_rows(traced) < 1e-5
+    assert measures.check_row_sums(traced) < 1e-5
     assert all(block.attention_scores is None for block in translator.model.attention_blocks()["cross"])
 
 
-def test_a_given_target_is_the_one_traced(translator):
-    given = t.trace(translator, "She sleeps.", target="Lavorano.")
+def test_given_target_is_traced(translator):
+    given = record_trace(translator, "She sleeps.", target="Lavorano.")
     assert given.tgt_tokens == ["[SOS]", "Lavorano", "."]
     assert given.next_tokens == ["Lavorano", ".", "[EOS]"]
 
 
-def test_a_trace_is_saved_whole(traced, tmp_path):
+def test_saved_trace_is_loaded_unchanged(traced, tmp_path):
     traced.save(tmp_path / "trace.npz")
     loaded = AttentionTrace.load(tmp_path / "trace.npz")
     for kind in KINDS:
         np.testing.assert_array_equal(loaded.weights[kind], traced.weights[kind])
     for name in ("src_tokens", "tgt_tokens", "next_tokens", "next_pieces", "src_words", "candidates", "run"):
         assert getattr(loaded, name) == getattr(traced, name)
-    whole = (tmp_path / "trace.npz").read_bytes()
-    for bad in (b"no", b"", whole[: len(whole) // 2]):
+    with np.load(tmp_path / "trace.npz") as arrays:  # the format of existing files
+        assert set(arrays) == {"about", *KINDS}
+        about = "src_tokens tgt_tokens next_tokens next_pieces src_words tgt_words candidates run"
+        assert set(json.loads(str(arrays["about"]))) == set(about.split())
+    content = (tmp_path / "trace.npz").read_bytes()
+    for bad in (b"no", b"", content[: len(content) // 2]):
         (tmp_path / "bad.npz").write_bytes(bad)
         with pytest.raises(InputError, match=r"bad\.npz is not a saved trace"):
             AttentionTrace.load(tmp_path / "bad.npz")
@@ -101,9 +106,9 @@ def test_a_trace_is_saved_whole(traced, tmp_path):
     ("sentence", "target", "words"),
     [("  ", None, "empty"), ("I " * 80, None, "82 tokens"), ("I sleep.", "Dormo " * 80, "81 tokens")],
 )
-def test_sentences_that_cannot_be_traced(translator, sentence, target, words):
+def test_empty_and_too_long_sentences_are_rejected(translator, sentence, target, words):
     with pytest.raises(InputError, match=words):
-        t.trace(translator, sentence, target)
+        record_trace(translator, sentence, target)
 
 
 # ---------------------------------------------------------------------------- words
@@ -119,21 +124,21 @@ def test_sentences_that_cannot_be_traced(translator, sentence, target, words):
         (["[SOS]", "▁हि", "ं", "दी"], [0, 1, 1, 1]),
     ],
 )
-def test_pieces_make_words(tokens, numbers):
-    assert t.word_numbers(tokens, whole=False) == numbers
-    assert t.word_numbers(tokens, whole=True) == list(range(len(tokens)))
+def test_subwords_are_assigned_to_words(tokens, numbers):
+    assert word_indices(tokens, whole_words=False) == numbers
+    assert word_indices(tokens, whole_words=True) == list(range(len(tokens)))
 
 
 def test_merged_weights_are_summed_over_keys_and_averaged_over_queries():
     trace = random_trace(S=7, T=5)
     object.__setattr__(trace, "src_words", [0, 1, 1, 2, 3, 3, 4])
     object.__setattr__(trace, "tgt_words", [0, 1, 1, 1, 2])
-    merged = t.merge_words(trace)
+    merged = merge_words(trace)
     cross = trace.weights["cross"]
     assert merged.weights["cross"].shape[2:] == (3, 5)
     by_hand = cross[1, 2, 1:4][:, 4:6].sum(1).mean()
     assert merged.weights["cross"][1, 2, 1, 3] == pytest.approx(by_hand, abs=1e-6)
-    assert measures.check_rows(merged) < 1e-5
+    assert measures.check_row_sums(merged) < 1e-5
     assert merged.src_tokens == ["[SOS]", "s0s0", "s1", "s1s2", "[EOS]"]
     assert merged.next_tokens == ["t0t0t1", "t1", "[EOS]"]
     assert merged.candidates == [trace.candidates[i] for i in (0, 3, 4)]
@@ -144,7 +149,7 @@ def test_merged_weights_are_summed_over_keys_and_averaged_over_queries():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_long_table_has_queries_as_rows_and_no_masked_cell(kind):
+def test_weights_table_has_queries_as_rows_and_no_masked_cell(kind):
     trace = random_trace()
     table = measures.weights_table(trace, kind)
     rows, columns = trace.labels(kind)
@@ -160,35 +165,35 @@ def test_the_long_table_has_queries_as_rows_and_no_masked_cell(kind):
         measures.weights_table(trace, kind, layers=[9])
 
 
-def test_the_packed_table_is_the_same_weights_in_thousandths():
+def test_packed_table_holds_the_weights_in_thousandths():
     trace = random_trace(decoder_L=3)
     for line in measures.packed_table(trace).itertuples():
         w = np.array(line.w.split(","), dtype=float).reshape(-1, line.columns) / 1000
         np.testing.assert_allclose(w, trace.weights[line.kind][line.layer, line.head], atol=5.01e-4)
 
 
-def test_the_tensor_is_explained_with_one_of_its_own_weights():
+def test_description_of_the_weights_quotes_one_of_them():
     trace = random_trace()
-    text = measures.describe(trace, "cross")
-    assert "(2, 3, 5, 7) is 2 layers, 3 heads, 5 rows that look, 7 columns looked at" in text
-    place, weight = re.search(r"weights\[(.*?)\] = ([\d.]+)", text).groups()
+    described = text.describe_weights(trace, "cross")
+    assert "(2, 3, 5, 7) is 2 layers, 3 heads, 5 queries (rows), 7 keys (columns)" in described
+    place, weight = re.search(r"weights\[(.*?)\] = ([\d.]+)", described).groups()
     assert trace.weights["cross"][tuple(map(int, place.split(", ")))] == pytest.approx(float(weight), abs=1e-3)
 
 
-def test_mean_and_rollout_keep_rows_that_sum_to_one():
+def test_rows_of_mean_and_rollout_sum_to_one():
     trace = random_trace()
-    assert measures.check_rows(measures.mean_over_heads(trace)) < 1e-5
+    assert measures.check_row_sums(measures.mean_over_heads(trace)) < 1e-5
     flow = measures.rollout(trace)
-    assert measures.check_rows(flow) < 1e-5
+    assert measures.check_row_sums(flow) < 1e-5
     first, second = (0.5 * trace.weights["encoder"][i].mean(0) + 0.5 * np.eye(7) for i in (0, 1))
     np.testing.assert_allclose(flow.weights["encoder"][1, 0], second @ first, atol=1e-6)
     assert not np.triu(flow.weights["decoder"], 1).any()
 
 
-def test_lookup_finds_the_largest_weights_at_every_place_of_a_token():
+def test_token_lookup_finds_the_largest_weights_in_every_row_of_a_token():
     trace = random_trace()
     table = measures.token_lookup(trace, "cross", "t0")
-    assert set(table["row"]) == {1, 2}  # t0 stands twice
+    assert set(table["row"]) == {1, 2}  # t0 occurs twice
     for (layer, head, row), group in table.groupby(["layer", "head", "row"]):
         expected = np.argsort(-trace.weights["cross"][layer, head, row])[:3]
         assert group["column"].tolist() == expected.tolist()
@@ -196,38 +201,39 @@ def test_lookup_finds_the_largest_weights_at_every_place_of_a_token():
     with pytest.raises(InputError, match="no token 'x'"):
         measures.token_lookup(trace, "cross", "x")
     with pytest.raises(InputError, match="rows 0 to 4"):
-        measures.across_layers(trace, "cross", 5)
+        measures.weights_of_query(trace, "cross", 5)
 
 
-def test_the_scorecard_measures_heads_whose_job_is_known():
+def test_head_statistics_of_known_patterns():
     trace = random_trace(L=1, H=3, S=6, T=5)
     w = np.zeros((1, 3, 6, 6), dtype=np.float32)
     w[0, 0] = np.eye(6)
     w[0, 1, :, 0] = 1
     w[0, 2] = 1 / 6
     trace.weights["encoder"] = w
-    card = measures.scorecard(trace).query("kind == 'encoder'").set_index("head")
-    assert card.loc[0, ["entropy", "largest", "distance", "itself"]].tolist() == pytest.approx([0, 1, 0, 1], abs=1e-6)
-    assert card.loc[1, ["[SOS]", "[EOS]", "previous"]].tolist() == pytest.approx([1, 0, 1 / 6])
-    assert card.loc[2, "entropy"] == pytest.approx(np.log2(6), abs=1e-4)
+    statistics = measures.head_statistics(trace).query("kind == 'encoder'").set_index("head")
+    assert statistics.loc[0, ["entropy", "max_weight", "distance", "own_position"]].tolist() == pytest.approx(
+        [0, 1, 0, 1], abs=1e-6
+    )
+    assert statistics.loc[1, ["[SOS]", "[EOS]", "previous_position"]].tolist() == pytest.approx([1, 0, 1 / 6])
+    assert statistics.loc[2, "entropy"] == pytest.approx(np.log2(6), abs=1e-4)
 
 
-def test_alignment_error_is_zero_for_gold_heads_and_one_for_wrong_ones(translator, monkeypatch):
+def test_alignment_error_is_zero_for_gold_heads_and_one_for_heads_on_sos(translator, monkeypatch):
     pairs = toy_pairs("en", "it", "test")[:20]
-    plain = t.trace
 
     def gold(translator, sentence, target):
-        trace = plain(translator, sentence, target)
+        trace = record_trace(translator, sentence, target)
         (pair,) = [p for p in pairs if p.src_text == sentence]
         cross = np.full_like(trace.weights["cross"], 1e-6)
         for i, j in sorted(pair.alignment - pair.sure) + sorted(pair.sure):
             cross[0, :, j] = 1e-6
-            cross[0, :, j, i + 1] = 1  # the row that writes word j
+            cross[0, :, j, i + 1] = 1  # the row that predicts word j
         cross[1, :, :, 0] = 1  # [SOS]: no link at all
         trace.weights["cross"] = cross
         return trace
 
-    monkeypatch.setattr(measures, "trace", gold)
+    monkeypatch.setattr(measures, "record_trace", gold)
     table = measures.alignment_errors(translator, pairs).set_index(["layer", "head", "shift"])["error"]
     assert table[0, 0, 1] == table[0, "mean", 1] == 0
     assert table[0, 0, 0] > 0.5
@@ -237,8 +243,8 @@ def test_alignment_error_is_zero_for_gold_heads_and_one_for_wrong_ones(translato
 # ---------------------------------------------------------------------------- text
 
 
-def test_the_text_view_shows_every_weight_in_hundredths(traced):
-    drawn = text.text_heat_map(traced, "cross", 1, 0, width=400)
+def test_text_heat_map_shows_every_weight_in_hundredths(traced):
+    drawn = text.heat_map_text(traced, "cross", 1, 0, width=400)
     lines = drawn.splitlines()[2:]
     assert len(lines) == len(traced.tgt_tokens)
     for line, label, weights in zip(lines, traced.tgt_tokens, traced.weights["cross"][1, 0], strict=True):
@@ -246,9 +252,9 @@ def test_the_text_view_shows_every_weight_in_hundredths(traced):
         shown = [int(re.sub(r"\D", "", cell) or 0) for cell in line[11:].split() if cell]
         numbers = [round(100 * float(w)) for w in weights]
         assert [n for n in shown if n] == [n for n in numbers if n]
-    narrow = text.text_heat_map(traced, "decoder", 0, 0, width=60)
+    narrow = text.heat_map_text(traced, "decoder", 0, 0, width=60)
     assert max(map(len, narrow.splitlines()[1:])) <= 60
-    bars = text.token_bars(traced, "cross", 0, 1, 2)
+    bars = text.row_bars_text(traced, "cross", 0, 1, 2)
     assert sum(int(p) for p in re.findall(r"(\d+)%", bars)) == pytest.approx(100, abs=8)
 
 
@@ -265,15 +271,15 @@ def png_of(chart: alt.TopLevelMixin, folder: Path) -> Image.Image:
     [random_trace(), random_trace(L=1, H=2, S=4, T=9, decoder_L=3), random_trace(L=1, H=1, S=60, T=60)],
     ids=["plain", "different depths and lengths", "60 tokens"],
 )
-def test_every_chart_draws(trace, tmp_path):
+def test_every_chart_is_drawn(trace, tmp_path):
     drawn = [
         *(charts.grid(trace, kind) for kind in KINDS),
         charts.single_head(trace, "decoder", 0, 0),
         charts.mean_heads(trace, "cross"),
-        charts.flow(trace, "encoder"),
-        charts.layers_of_query(trace, "cross", 2),
+        charts.rollout_layers(trace, "encoder"),
+        charts.query_in_all_heads(trace, "cross", 2),
         charts.decode_stepper(trace),
-        charts.heads_heat_map(measures.scorecard(trace), "entropy", "entropy in bits"),
+        charts.value_per_head(measures.head_statistics(trace), "entropy", "Entropy in bits"),
         page.explorer(trace),
     ]
     for chart in drawn:
@@ -283,7 +289,7 @@ def test_every_chart_draws(trace, tmp_path):
 @pytest.mark.parametrize(
     "tokens", [["مرحبا", "بالعالم", "مرحبا"], ["🙂", "日本語", "🙂"], ['"', "\\", "'"], ["<b>", "&amp;", "a"]]
 )
-def test_any_script_draws(tokens, tmp_path):
+def test_tokens_of_any_script_are_drawn(tokens, tmp_path):
     trace = random_trace(S=5, T=4)
     object.__setattr__(trace, "src_tokens", ["[SOS]", *tokens, "[EOS]"])
     object.__setattr__(trace, "tgt_tokens", ["[SOS]", *tokens])
@@ -291,32 +297,32 @@ def test_any_script_draws(tokens, tmp_path):
     page.save_page(trace, tmp_path / "page.html")
 
 
-def test_the_decoder_chart_draws_no_masked_cell(tmp_path):
-    """Squares on and below the diagonal have a colour, those above are left white."""
+def test_decoder_chart_has_no_masked_cell(tmp_path):
+    """Cells on and below the diagonal are colored, those above are white."""
     trace, side = random_trace(L=1, H=1, T=6), 40
-    picture = np.asarray(png_of(charts.grid(trace, "decoder", square=side), tmp_path).convert("RGB")).astype(int)
-    coloured = picture.max(2) - picture.min(2) > 40
-    top, left = np.argmax(coloured[:, : 4 * side + 40].any(1)), np.argmax(coloured.any(0))
+    picture = np.asarray(png_of(charts.grid(trace, "decoder", cell_size=side), tmp_path).convert("RGB")).astype(int)
+    colored = picture.max(2) - picture.min(2) > 40
+    top, left = np.argmax(colored[:, : 4 * side + 40].any(1)), np.argmax(colored.any(0))
     for row in range(6):
         for column in range(6):
-            center = coloured[top + side * row + side // 2, left + side * column + side // 2]
+            center = colored[top + side * row + side // 2, left + side * column + side // 2]
             assert center == (column <= row), (row, column)
 
 
-def test_a_gif_has_a_frame_for_every_step(tmp_path):
+def test_gif_has_a_frame_for_every_step(tmp_path):
     trace = random_trace()
     charts.save_gif(trace, tmp_path / "steps.gif")
     assert Image.open(tmp_path / "steps.gif").n_frames == len(trace.tgt_tokens)
 
 
-def test_the_page_holds_the_models_weights(tmp_path):
-    """Unpacked out of the page's JSON, they are the tensors within half a thousandth."""
+def test_page_holds_the_weights_of_the_model(tmp_path):
+    """The weights in the page's JSON differ from the tensors by at most half a thousandth."""
     torch.manual_seed(0)
     tokenizer = build_bpe_tokenizer(["a b c d e f g"] * 3, 280)
     config = get_config("toy", tokenizer="bpe", d_model=32, num_heads=4)
     V = tokenizer.get_vocab_size()
     model = build_transformer(V, V, 64, 64, d_model=32, N=2, h=4, d_ff=32, decoder_N=3).eval()
-    trace = t.trace(Translator(model, config, tokenizer, tokenizer), "a b c d e", target="g f e d c b a")
+    trace = record_trace(Translator(model, config, tokenizer, tokenizer), "a b c d e", target="g f e d c b a")
     page.save_page(trace, tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text(encoding="utf8")
     spec = json.loads(re.search(r"const spec = (\{.*\});\n", html).group(1))
@@ -327,8 +333,8 @@ def test_the_page_holds_the_models_weights(tmp_path):
         np.testing.assert_allclose(found, trace.weights[row["kind"]][row["layer"], row["head"]], atol=5.01e-4)
 
 
-def test_notebook_output_has_a_picture_for_every_reader():
-    out = charts.render_both(charts.grid(random_trace(), "cross").to_dict())
+def test_notebook_output_has_vega_and_png():
+    out = charts.render_vega_and_png(charts.grid(random_trace(), "cross").to_dict())
     assert base64.b64decode(out["image/png"]).startswith(b"\x89PNG")
     assert "text/html" not in out
     assert out["application/vnd.vegalite.v5+json"]["$schema"]
@@ -342,7 +348,7 @@ def shell(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
-def test_the_command_line(trained_run, tmp_path):
+def test_command_line(trained_run, tmp_path):
     done = shell(
         "--run-dir", str(trained_run), "--html", "p.html", "--png", "p.png", "--save", "t.npz", SENTENCE, cwd=tmp_path
     )
@@ -350,7 +356,7 @@ def test_the_command_line(trained_run, tmp_path):
     assert "wrote p.html (" in done.stdout
     again = shell("--trace-file", "t.npz", "--text", "--words", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "cross attention, layer 1, head 0" in again.stdout
+    assert "cross-attention, layer 1, head 0" in again.stdout
     assert "[SOS] →" in again.stdout
 
 
@@ -363,7 +369,7 @@ def test_the_command_line(trained_run, tmp_path):
         (["--png", "no/x.png", "hi"], "no folder no"),
     ],
 )
-def test_bad_command_lines(tmp_path, arguments, words):
+def test_bad_command_lines_are_one_line_errors(tmp_path, arguments, words):
     done = shell(*arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert words in done.stderr

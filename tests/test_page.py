@@ -1,4 +1,4 @@
-"""The offline page in a real browser, with no network; skipped where no browser is installed."""
+"""The HTML page in a browser without a network. Skipped where no browser with a driver is installed."""
 
 import shutil
 import time
@@ -10,12 +10,12 @@ from test_interpret import random_trace
 from interpret import page
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver on this machine")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium or Chrome with chromedriver")
 
-# Starts a clock at the next click and stops it at the first frame in which the canvas looks different.
+# Measures the time from the next click to the first frame in which the canvas has changed.
 WATCH = """
 const canvas = document.querySelector("canvas"), context = canvas.getContext("2d");
-const look = () => { // every 97th byte is fingerprint enough
+const look = () => { // a checksum of every 97th byte is enough
   const data = context.getImageData(0, 0, canvas.width, canvas.height).data;
   let sum = 0;
   for (let i = 0; i < data.length; i += 97) sum = (sum * 31 + data[i]) >>> 0;
@@ -51,7 +51,7 @@ def browser(tmp_path_factory):
 
 
 def open_page(browser, path: Path) -> float:
-    """Seconds from opening the page to its chart standing there."""
+    """Seconds from opening the page until its chart is drawn."""
     browser.get_log("performance")
     browser.get_log("browser")
     start = time.perf_counter()
@@ -62,27 +62,27 @@ def open_page(browser, path: Path) -> float:
 
 
 def click_head(browser, layer: int, head: int) -> float:
-    """A real click on a thumbnail of the 6 x 8 grid; milliseconds until the canvas changes."""
+    """Clicks a thumbnail of the 6 x 8 grid; returns the milliseconds until the canvas changes."""
     from selenium.webdriver import ActionChains
 
     canvas = browser.find_element("css selector", "canvas")
     browser.execute_script(WATCH)
-    x, y = 69 + 65 * head - canvas.size["width"] // 2, 107 + 65 * layer - canvas.size["height"] // 2
+    x, y = 69 + 65 * head - canvas.size["width"] // 2, 121 + 65 * layer - canvas.size["height"] // 2
     ActionChains(browser).move_to_element_with_offset(canvas, x, y).click().perform()
     for _ in range(300):
         if (redrawn := browser.execute_script("return window.redrawn")) is not None:
             return redrawn
         time.sleep(0.01)
-    pytest.fail("the click changed nothing")
+    pytest.fail("the canvas did not change after the click")
 
 
-def test_the_page_of_48_heads_opens_offline_and_a_click_redraws_it(browser, tmp_path):
+def test_page_of_48_heads_opens_offline_and_a_click_redraws_it(browser, tmp_path):
     path = tmp_path / "page.html"
     page.save_page(random_trace(L=6, H=8, S=20, T=20), path)
     assert path.stat().st_size < 2e6
     seconds = [open_page(browser, path)]
-    asked = [e["message"] for e in browser.get_log("performance") if '"Network.requestWillBeSent"' in e["message"]]
-    assert [message for message in asked if "http://" in message or "https://" in message] == []
+    requests = [e["message"] for e in browser.get_log("performance") if '"Network.requestWillBeSent"' in e["message"]]
+    assert [message for message in requests if "http://" in message or "https://" in message] == []
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     seconds += [open_page(browser, path) for _ in range(2)]
     redrawn = []
@@ -93,11 +93,11 @@ def test_the_page_of_48_heads_opens_offline_and_a_click_redraws_it(browser, tmp_
         )
         assert (slider.get_property("value"), menu.get_property("value")) == (str(layer), str(head))
     print(f"open {min(seconds):.2f} s, redraw {min(redrawn):.0f} ms, {path.stat().st_size / 1e6:.2f} MB")
-    assert min(seconds) < 1.5  # the best of three: other work may slow one
+    assert min(seconds) < 1.5  # the best of three, as other processes may slow one down
     assert min(redrawn) < 200
 
 
-def test_sixty_tokens_still_open(browser, tmp_path):
+def test_page_of_60_tokens_opens(browser, tmp_path):
     path = tmp_path / "page.html"
     page.save_page(random_trace(L=6, H=8, S=60, T=60), path)
     seconds = min(open_page(browser, path) for _ in range(3))
