@@ -25,10 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import InputError, check_new_folder, get_config, parse, run_command
+from config import InputError, get_config, parse, run_command
 from dataset import load_tokenizer
 from export import UNKNOWN_CORPUS, to_safetensors
-from translate import Translator, get_model
+from model import get_model
+from runs.folder import RunFolder, check_new_folder
+from translate import Translator
 
 
 def main(
@@ -40,7 +42,7 @@ def main(
     run_dir: str,
     num_heads: int = 8,
 ) -> None:
-    """Writes a run that translate.py, evaluate.py, visualize.py and the notebooks can use.
+    """Write a run that translate.py, evaluate.py, visualize.py and the notebooks can use.
 
     Args:
         weights: a checkpoint written by the tutorial's train.py
@@ -51,8 +53,8 @@ def main(
         run_dir: the folder to write; it must be new or empty
         num_heads: attention heads, 8 in the tutorial; the weights do not tell, a wrong number translates badly
     """
-    folder = Path(run_dir)
-    check_new_folder(folder)
+    folder = RunFolder(run_dir)
+    check_new_folder(folder.path)
     state = read_weights(Path(weights))
     sizes = architecture(state, Path(weights))
     config = get_config(
@@ -73,10 +75,10 @@ def main(
         raise InputError(
             f"the weights in {weights} do not fit the tokenizers or are not from the tutorial's code ({error})"
         ) from None
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
     for lang, path in ((lang_src, tokenizer_src), (lang_tgt, tokenizer_tgt)):
-        shutil.copy(path, folder / f"tokenizer_{lang}.json")
-    to_safetensors(Translator(model, config, *tokenizers), folder)
+        shutil.copy(path, folder.tokenizer_file(lang))
+    to_safetensors(Translator(model, config, *tokenizers), folder.path)
     print(f'wrote {folder}; try: python translate.py --run-dir {folder} "A sentence."')
     print(f"to evaluate it: python evaluate.py --run-dir {folder} --source FILE --reference FILE")
 

@@ -63,18 +63,18 @@ def main(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Translates a split or a file with a trained run and scores it.
+    """Translate a split or a file with a trained run, and score it.
 
     Sentences longer than the run's seq_len count as blank translations.
 
     Args:
-        run_dir: the run's folder; empty: the most recently trained run
+        run_dir: folder of the run; empty: the most recently trained run
         split: the part of the run's own corpus to translate
         source: a text file to translate instead of a split, one sentence per line
         reference: the file with its reference translations
-        beam_size: hypotheses kept at every step; 1: greedy search
+        beam_size: hypotheses kept at each step; 1: greedy search
         length_penalty: 0 favors short translations, higher values longer ones
-        weights: best (on the validation set), latest, or an epoch's number
+        weights: best (on the validation set), latest, or an epoch number
         average: average the weights of this many epochs, the best or the latest
         bleu_tokenizer: sacreBLEU's tokenizer; none for text that is already tokenized
         device: auto, cuda, mps or cpu
@@ -95,11 +95,11 @@ def main(
     if not sources:
         raise InputError(f"{name} contains no sentences; give a file or split with at least one")
     start = time.perf_counter()
-    predicted = translator.translate(blank_long(translator, sources), beam_size, length_penalty, progress=True)
+    predicted = translator.translate(blank_long(translator, sources), beam_size, length_penalty, show_progress=True)
     seconds = time.perf_counter() - start
     scores = score(predicted, references, bleu_tokenizer)
     details = {
-        "run": str(translator.config.folder),
+        "run": str(translator.folder),
         "of": name,
         "sentences": len(sources),
         "weights": translator.weights,

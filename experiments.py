@@ -1,6 +1,6 @@
 """Measures what parts of the network do: attention is corrupted, sublayers are switched off, words are reordered.
 
-    B  sentences    N  unfinished sentences    T  target tokens that the decoder reads    V  target vocabulary
+    T  target tokens that the decoder reads    V  target vocabulary
 
     python experiments.py "I can eat an apple."
 
@@ -27,51 +27,8 @@ from interpret.interventions import UNIFORM_CROSS, VARIANTS, Variant, head_off
 from interpret.page import report_page, save_html
 from interpret.text import step_table_text, variants_text
 from interpret.trace import AttentionTrace, record_trace
-from model import Transformer, causal_mask
-from search import greedy_decode
+from model import causal_mask
 from translate import Translator
-
-# ---------------------------------------------------------------------------- decoding without a cache
-
-
-class PlainDecoder:
-    """A StepDecoder without a KV cache: every step computes all T positions, so a change can depend on all of them."""
-
-    def __init__(self, model: Transformer, source: Tensor):
-        self.model, self.src_mask = model, padding_mask(source)
-        self.encoder_output = model.encode(source, self.src_mask)
-        self.written = torch.empty(len(source), 0, dtype=torch.long, device=source.device)
-
-    def step(self, ids: Tensor) -> Tensor:
-        self.written = torch.cat([self.written, ids.unsqueeze(1)], 1)  # (N, T)
-        mask = causal_mask(self.written.size(1), ids.device)
-        return self.model.project(self.model.decode(self.encoder_output, self.src_mask, self.written, mask)[:, -1])
-
-    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
-        self.written, self.src_mask, self.encoder_output = (
-            self.written[rows],
-            self.src_mask[rows],
-            self.encoder_output[rows],
-        )
-
-
-@torch.inference_mode()
-def search_plainly(translator: Translator, sentences: list[str], at_once: int = 100) -> list[list[int]]:
-    """Target ids by greedy search without a cache, with the length limits of Translator."""
-    sources = [translator.encode(sentence) for sentence in sentences]
-    found: list[list[int]] = [[]] * len(sources)
-    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
-    for start in range(0, len(order), at_once):
-        batch = order[start : start + at_once]
-        source, limits = translator.padded([sources[i] for i in batch])
-        for i, ids in zip(batch, greedy_decode(PlainDecoder(translator.model, source), limits), strict=True):
-            found[i] = ids
-    return found
-
-
-def translate_plainly(translator: Translator, sentences: list[str]) -> list[str]:
-    return [translator.tokenizer_tgt.decode(ids) for ids in search_plainly(translator, sentences)]
-
 
 # ---------------------------------------------------------------------------- one sentence
 
@@ -125,13 +82,14 @@ def compare(translator: Translator, sentence: str, variants: list[Variant] = VAR
     that differs from the baseline's translation.
     """
     decode, token = translator.tokenizer_tgt.decode, translator.tokenizer_tgt.id_to_token
-    (baseline_ids,) = search_plainly(translator, [sentence])
+    source = translator.encode(sentence)
+    (baseline_ids,) = translator.search([source], use_cache=False)
     baseline_log_p = log_probability(translator, sentence, baseline_ids)
     baseline = {"variant": "baseline", "translation": decode(baseline_ids), "change": 0.0, "differs": ""}
     lines = [{**baseline, "description": "The unchanged model."}]
     for variant in variants:
         with variant.apply(translator.model):
-            (ids,) = search_plainly(translator, [sentence])
+            (ids,) = translator.search([source], use_cache=False)
             change = log_probability(translator, sentence, baseline_ids) - baseline_log_p
         differs = first_difference([*map(token, baseline_ids), "[EOS]"], [*map(token, ids), "[EOS]"])
         line = {"variant": variant.name, "translation": decode(ids), "change": change, "differs": differs}
@@ -171,7 +129,7 @@ def measure(
     lines = []
     for variant in tqdm([None, *variants], desc="Variants", unit="variant", leave=False):
         with variant.apply(translator.model) if variant else ExitStack():
-            scores = score(translate_plainly(translator, sources), references)
+            scores = score(translator.translate(sources, use_cache=False), references)
         name = variant.name if variant else "baseline"
         lines.append({"variant": name, "bleu": scores["bleu"], "exact": scores["exact"]})
     return pd.DataFrame(lines)
@@ -208,11 +166,11 @@ def main(
     csv: str = "",
     device: str = "auto",
 ) -> None:
-    """Compares the translation of a sentence with those of changed models: attention corrupted, parts switched off.
+    """Compare the translation of a sentence with those of changed models: attention corrupted, parts switched off.
 
     Args:
         sentence: the sentence to translate
-        run_dir: folder of the run; empty: the run trained last
+        run_dir: folder of the run; empty: the most recently trained run
         heads: also measure head importance: the drop in BLEU with each head switched off
         split: also measure BLEU and exact match of every variant on this split: validation or test
         sentences: number of sentences of the split

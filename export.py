@@ -7,7 +7,6 @@ python export.py --output-dir hub --form safetensors     # then: hf upload NAME 
 D  d_model
 """
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -20,10 +19,11 @@ from ctranslate2.specs import TransformerSpec, attention_spec, common_spec
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from config import InputError, check_new_folder, parse, run_command, save_config
-from dataset import EOS, SOS, SPECIAL_TOKENS, UNK, tokenizer_path
+from config import InputError, parse, run_command
+from dataset import EOS, SOS, SPECIAL_TOKENS, UNK
 from model import DecoderBlock, EncoderBlock, MultiHeadAttentionBlock, PositionalEncoding
-from translate import WEIGHTS_FILE, Translator
+from runs.folder import RunFolder, check_new_folder
+from translate import Translator
 
 UNKNOWN_CORPUS = "unknown"  # the datasource of converted weights (convert.py)
 Quantization = Literal["float32", "int8", "int16", "float16", "bfloat16"]
@@ -133,17 +133,17 @@ def to_safetensors(translator: Translator, output_dir: str | Path) -> None:
 
     `Translator.load` reads the folder, or the Hub repository it was uploaded to.
     """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_model(translator.model, str(folder / WEIGHTS_FILE))
-    save_config(dataclasses.replace(translator.config, run_dir=str(folder)))
-    copy_tokenizers(translator, folder)
-    (folder / "README.md").write_text(model_card(translator), encoding="utf8")
+    folder = RunFolder(output_dir)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_model(translator.model, str(folder.exported_weights))
+    folder.save_config(translator.config)
+    copy_tokenizers(translator, folder.path)
+    (folder.path / "README.md").write_text(model_card(translator), encoding="utf8")
 
 
 def copy_tokenizers(translator: Translator, folder: Path) -> None:
     for lang in (translator.config.lang_src, translator.config.lang_tgt):
-        source = tokenizer_path(translator.config, lang)
+        source = translator.folder.tokenizer_file(lang)
         if source.parent.resolve() != folder.resolve():
             shutil.copy(source, folder / source.name)
 
@@ -178,14 +178,14 @@ def main(
     weights: str = "best",
     average: int = 1,
 ) -> None:
-    """Exports a trained run to another format.
+    """Export a trained run to another format.
 
     Args:
         output_dir: the folder to write; it must be new or empty
-        run_dir: the run's folder; empty: the most recently trained run
+        run_dir: folder of the run; empty: the most recently trained run
         form: ctranslate2, a fast C++ inference engine; or safetensors, for the Hugging Face Hub
         quantization: data type of the CTranslate2 model's weights
-        weights: best (on the validation set), latest, or an epoch's number
+        weights: best (on the validation set), latest, or an epoch number
         average: average the weights of this many epochs, the best or the latest
     """
     folder = Path(output_dir)

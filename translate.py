@@ -109,9 +109,9 @@ class Translator:
     ) -> "Translator":
         """Loads a run, or an export of one, from its folder or from a Hugging Face Hub repository NAME/NAME.
 
-        Without `run_dir`, the latest trained run. `weights` is best (by the validation score `best_by`), latest or an
-        epoch number; `average` averages the weights of that many epochs, the best or the latest. `precision` is fp32,
-        bf16, or auto (the faster one): bf16 matrix products change log-probabilities by some thousandths per token.
+        Without `run_dir`, the most recently trained run. `weights` is best (by the validation score `best_by`), latest
+        or an epoch number; `average` averages the weights of that many epochs, the best or the latest. `precision` is
+        fp32, bf16, or auto (the faster): bf16 matrix products change log-probabilities by some thousandths per token.
         Raises InputError for a missing, damaged or inconsistent run.
         """
         keep_freed_memory()
@@ -324,7 +324,7 @@ def main(
 
     Args:
         sentence: the sentence to translate; if omitted, lines are read from stdin and translated to stdout
-        run_dir: folder of the run; empty: the latest trained run
+        run_dir: folder of the run; empty: the most recently trained run
         beam_size: hypotheses kept at each step; 1: greedy search
         length_penalty: exponent of the length normalization; 0 favors short translations, 1 and more long ones
         n_best: print this many hypotheses per line, with score and log-probability

@@ -108,7 +108,7 @@ def record_trace(
             [(tgt_token(i), log_p) for i, log_p in zip(ids, log_ps, strict=True)]
             for ids, log_ps in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ],
-        run=str(translator.config.folder),
+        run=str(translator.folder),
     )
 
 

@@ -65,9 +65,9 @@ class RunFolder:
 
     @classmethod
     def find(cls, name: str | Path = "") -> "RunFolder":
-        """The run at this path, or the Hugging Face Hub repository NAME/NAME; without a name the latest trained run."""
+        """The run at this path or in the Hugging Face Hub repository NAME/NAME; by default the latest one trained."""
         if not name:
-            return cls.latest_trained()
+            return cls.most_recent()
         is_path = Path(name).parent.is_dir() or Path(name).parent == WEIGHTS_FOLDER
         if is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
             return cls(name)
@@ -78,7 +78,7 @@ class RunFolder:
             raise InputError(f"no folder {name}, and no such repository on the Hugging Face Hub ({reason})") from None
 
     @classmethod
-    def latest_trained(cls) -> "RunFolder":
+    def most_recent(cls) -> "RunFolder":
         """The run under weights/ whose newest checkpoint was written last."""
         runs = [cls(path) for path in WEIGHTS_FOLDER.glob("*") if cls(path).config_file.is_file()]
         runs = [run for run in runs if run.checkpoints()]

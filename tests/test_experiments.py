@@ -155,7 +155,7 @@ def test_variants_follow_their_formulas(translator):
 
 def test_decoding_without_cache_equals_decoding_with_cache(translator):
     sentences = list(load_split(translator.config, "validation")["src"][:40])
-    assert e.translate_plainly(translator, sentences) == translator.translate(sentences)
+    assert translator.translate(sentences, use_cache=False) == translator.translate(sentences)
 
 
 def test_invalid_layers_heads_orders_and_words_are_rejected(translator):

@@ -106,7 +106,7 @@ def test_unknown_words_and_overlong_sentences_are_said(translator, capsys):
     long = "I " * 100
     with pytest.raises(InputError, match="102 tokens exceeds the limit of 64"):
         translator.translate([long])
-    lines = list(translate_lines(translator, iter(["She sleeps.", long, "He sleeps."]), at_once=2))
+    lines = list(translate_lines(translator, iter(["She sleeps.", long, "He sleeps."]), chunk=2))
     assert (lines[0] != "", lines[1], lines[2] != "") == (True, "", True)
     assert "line 2 is left blank" in capsys.readouterr().err
 
