@@ -30,8 +30,8 @@ from training.log import TrainingLog
 SCRIPTS = {
     "train": train.main,
     "translate": lambda argv: parse(translate.main, argv),
-    "evaluate": lambda argv: parse(evaluate.command, argv),
-    "attention": lambda argv: parse(visualize.command, argv),
+    "evaluate": lambda argv: parse(evaluate.main, argv),
+    "attention": lambda argv: parse(visualize.main, argv),
 }
 
 TINY = (
@@ -127,8 +127,8 @@ CASES = [
     Case("missing half", source("a"), r"no file a\.it; line n of", files(a_en="1\n")),
     Case("missing validation file", source("pairs.tsv", "--validation-source none.tsv"), r"no file none\.tsv"),
     Case("nameless source", source(":train"), "has no name; give one"),
-    Case("empty file", source("a.tsv"), r"a\.tsv holds no pair; give", file("a.tsv", "")),
-    Case("empty validation file", source("pairs.tsv", "--validation-source a.tsv"), "holds no pair", file("a.tsv", "")),
+    Case("empty file", source("a.tsv"), r"a\.tsv contains no pairs; give", file("a.tsv", "")),
+    Case("empty validation file", source("pairs.tsv", "--validation-source a.tsv"), "contains no pairs", file("a.tsv", "")),
     Case("empty folder", source("./empty"), "folder ./empty cannot be read", lambda f: (f / "empty").mkdir()),
     Case("unequal counts", source("a"), r"2 lines and a\.it has 1; line n", files(a_en="1\n2\n", a_it="1\n")),
     Case("not UTF-8", source("a"), r"a\.it line 2 is not UTF-8; convert", files(a_en="1\n2\n", a_it=b"1\n\xff\n")),
@@ -154,7 +154,7 @@ CASES = [
     Case("same language", NEW + " --lang-tgt en", "lang_tgt is 'en'; give two different languages"),
     Case("no such toy language", "train --preset toy --lang-tgt fr", "no language 'fr'; it has en, it, de"),
     Case("no such toy split", "train --datasource toy:tset --run-dir new", "no split 'tset'; it has train"),
-    Case("Hub out of reach", "train --run-dir new", "opus_books' is out of reach .*; use local files"),
+    Case("Hub out of reach", "train --run-dir new", "opus_books' cannot be reached .*; use local files"),
     Case("corpus changed", RESUME, "the corpus has changed since .* restore it", fewer_pairs),
     Case(
         "byte-order mark, carriage returns, line separators",

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from runs import colab
 
 # What train.py prints when it restores a run from its mirror, and when it resumes.
-RESTORED, RESUMED = "brought back from", "going on"
+RESTORED, RESUMED = "restored from", "resuming"
 
 DRIVE_MODULE = """
 from pathlib import Path

@@ -71,7 +71,7 @@ def test_a_sentence_longer_than_seq_len_counts_as_a_blank_translation(trained_ru
         ({"beam_size": 0}, "--beam-size is 0"),
         ({"length_penalty": -1.0}, "--length-penalty is -1"),
         ({"weights": "7"}, r"no weights '7' in .*one of tmodel_00\.pt"),
-        ({"average": 2}, "1 of the checkpoints .* 2 wanted"),
+        ({"average": 2}, "1 of the checkpoints .* --average needs 2"),
         ({"average": 0}, "--average is 0; give 1 or more"),
         ({"average": 2, "weights": "0"}, "goes with --weights best or latest"),
     ],
