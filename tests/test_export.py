@@ -4,7 +4,6 @@ import ctranslate2
 import pytest
 import torch
 
-import translate as tr
 from config import InputError, get_config
 from corpora.sources import load_split
 from dataset import load_tokenizer
@@ -64,7 +63,7 @@ def test_safetensors_load_from_a_folder_or_from_the_hub(trained_run, translator,
     weights = Translator.load(folder, "cpu").model.state_dict()
     assert all(torch.equal(w, weights[name]) for name, w in translator.model.state_dict().items())
     requested = []
-    monkeypatch.setattr(tr, "snapshot_download", lambda name, **_: requested.append(name) or str(folder))
+    monkeypatch.setattr("runs.folder.snapshot_download", lambda name, **_: requested.append(name) or str(folder))
     monkeypatch.chdir(tmp_path)
     assert Translator.load("somebody/something", "cpu").translate(sentences) == translator.translate(sentences)
     assert requested == ["somebody/something"]
