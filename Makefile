@@ -1,23 +1,34 @@
 PYTHON ?= python3
 BIN := .venv/bin
-
-.PHONY: demo test clean
-
 RUN := --run-dir weights/toy.en-it
 SENTENCE := "I can eat an apple."
 
-demo: .venv/run  ## train the embedded corpus, score it on held-out sentences, translate, draw the attention page
+.PHONY: help demo check test clean
+
+help:  ## print the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*##[ ]*/\1|/' | awk -F'|' '{printf "make %-7s %s\n", $$1, $$2}'
+
+demo: .venv/run  ## train on the embedded corpus, evaluate, translate, write a page of the attention
 	$(BIN)/python train.py --preset toy $(RUN)
 	$(BIN)/python evaluate.py $(RUN) --split test
 	$(BIN)/python translate.py $(RUN) $(SENTENCE)
 	$(BIN)/python visualize.py $(RUN) $(SENTENCE) --html weights/toy.en-it/attention.html
 
-test: .venv/dev  ## linters and the whole test suite
+check: .venv/dev  ## linters and the quick tests, under a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow"
+
+test: .venv/dev  ## linters and all tests, as in continuous integration
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-.venv/run: requirements.txt  ## the virtual environment with what running takes
+clean:  ## remove the virtual environment and caches; weights/ is kept
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
@@ -25,6 +36,3 @@ test: .venv/dev  ## linters and the whole test suite
 .venv/dev: .venv/run requirements-dev.txt
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
-
-clean:  ## remove the environment and caches; runs in weights/ stay
-	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__

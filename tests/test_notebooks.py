@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, hold no code of their own, and their pictures show everywhere."""
+"""The notebooks run from top to bottom, define no functions, and contain every picture as PNG or GIF."""
 
 import ast
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-COLAB = "Colab_Train.ipynb"  # runs on Colab; here in test_colab.py
+COLAB = "Colab_Train.ipynb"  # runs on Colab; tested by test_colab.py
 NOTEBOOKS = sorted(path.name for path in ROOT.glob("*.ipynb") if path.name != COLAB)
 
 
@@ -24,16 +24,16 @@ def has_png(cell) -> bool:
 
 
 def draws(cell) -> bool:
-    """Whether the cell's last line is a chart."""
+    """Whether the last line of the cell is a chart."""
     last = ast.parse(cell.source).body[-1]
     return isinstance(last, ast.Expr) and ast.unparse(last).startswith("charts.") and "show_in" not in ast.unparse(last)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_committed_notebooks_are_short_run_and_show_their_pictures(name):
+def test_committed_notebooks_have_short_cells_outputs_and_pictures(name):
     notebook = nbformat.read(ROOT / name, as_version=4)
     for cell in code_cells(notebook):
-        assert cell.execution_count, f"not run: {cell.source}"
+        assert cell.execution_count, f"not executed: {cell.source}"
         assert len(cell.source.splitlines()) <= 12
         assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(ast.parse(cell.source)))
         assert not [output for output in cell.outputs if output.output_type == "error"]
@@ -44,9 +44,10 @@ def test_committed_notebooks_are_short_run_and_show_their_pictures(name):
     assert str(ROOT) not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_run_from_top_to_bottom(name, trained_run, german_run, tmp_path, monkeypatch):
-    """With quick runs in place of those that the first cells would train, and fewer sentences measured."""
+    """Quick runs replace those that the first cells would train, and fewer sentences are evaluated."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "weights").mkdir()
     for run, language in ((trained_run, "it"), (german_run, "de")):
