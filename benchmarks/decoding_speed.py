@@ -32,15 +32,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="prefix of two aligned files for the vocabulary; empty: synthetic")
     parser.add_argument("--test", default="", help="prefix of two aligned files: sentences and references")
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "base"])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "base"], help="model sizes")
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 5], help="beam sizes; 1: greedy search")
     parser.add_argument("--vocabulary", type=int, default=10_000, help="vocabulary size (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=8_192, help="source tokens per batch times beam size")
     parser.add_argument("--sentences", type=int, default=1_000, help="number of sentences, the longest ones")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of this project")
-    parser.add_argument("--without", nargs="*", default=[], choices=[peer.name for peer in PEERS], help="peers to skip")
+    names = [peer.name for peer in PEERS]
+    skip_help = f"peers to skip, of: {', '.join(names)}"
+    parser.add_argument("--without", nargs="*", default=[], choices=names, metavar="PEER", help=skip_help)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after a warm-up (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default_device, help="cuda or cpu (default: CUDA if available)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     print(f"{describe_machine(device)}; {arguments.sentences} sentences")

@@ -374,7 +374,7 @@ def plan(bench: Bench, share: float, seed: int = 0) -> list[tuple[str, list[Call
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="run a sixth of the trials")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:

@@ -174,7 +174,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=10, help="batches per round (default: %(default)s)")
     parser.add_argument("--sentences", type=int, default=2_000, help="sentences to decode (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after a warm-up (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default_device, help="cuda or cpu (default: CUDA if available)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     print(f"{describe_machine(device)}\n")

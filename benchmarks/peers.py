@@ -351,7 +351,7 @@ class Marian(LibraryPeer):
 class MarianInBF16(Marian):
     """The whole model cast to bf16, the simplest way for a user to have it in bf16."""
 
-    name = "Marian, cast to bf16"
+    name = "Marian (cast to bf16)"
 
     def prepare_for_decoding(self) -> str:
         super().prepare_for_decoding()

@@ -6,6 +6,7 @@ Times training steps of the toy model with the project's attention, and with a v
 and intervening. Both alternate in one process. Prints medians, quartiles and the ratio of the medians.
 """
 
+import argparse
 import functools
 import statistics
 import sys
@@ -33,6 +34,8 @@ def attend_without_seam(self, query, key, value, mask):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = start(get_config("toy", run_dir=folder))
         run.model.train()

@@ -46,18 +46,19 @@ PEERS = [Tutorial, PyTorch, Marian, JoeyNMT]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="prefix of two aligned files; empty: synthetic text")
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "base"])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "base"], help="model sizes")
     parser.add_argument("--vocabulary", type=int, default=10_000, help="vocabulary size (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=4_096, help="tokens per batch (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=4, help="batches per round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default_device, help="cuda or cpu (default: CUDA if available)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     batches = training_batches(arguments.data, arguments.vocabulary, arguments.batch_tokens, arguments.batches)
     peaks = matrix_peaks(device)
     print(f"{describe_machine(device)}; {describe_peaks(peaks)}")
-    print(f"{len(batches)} batches of up to {arguments.batch_tokens:,} tokens, vocabulary of {arguments.vocabulary:,}")
+    print(f"batches: {len(batches)} of up to {arguments.batch_tokens:,} tokens; vocabulary: {arguments.vocabulary:,}")
     for name in arguments.sizes:
         print(f"\n{name}: {SIZES[name]}\n")
         print(compare(SIZES[name], batches, arguments.vocabulary, arguments.rounds, device, peaks))
