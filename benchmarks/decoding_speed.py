@@ -22,14 +22,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers import SIZES, JoeyNMT, Marian, MarianInBF16, ThisProject, Tutorial
 from training_speed import is_installed
-from workload import decoding_batches, describe_machine, markdown_table, time_interleaved
+from workload import decoding_batches, describe_machine, markdown_table, time_interleaved, timing_parser
 
 TUTORIAL_SENTENCES = 4
 PEERS = [Tutorial, Marian, MarianInBF16, JoeyNMT]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_parser(__doc__)
     parser.add_argument("--data", default="", help="prefix of two aligned files for the vocabulary; empty: synthetic")
     parser.add_argument("--test", default="", help="prefix of two aligned files: sentences and references")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "base"], help="model sizes")
@@ -41,9 +41,6 @@ def main() -> None:
     names = [peer.name for peer in PEERS]
     skip_help = f"peers to skip, of: {', '.join(names)}"
     parser.add_argument("--without", nargs="*", default=[], choices=names, metavar="PEER", help=skip_help)
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after a warm-up (default: %(default)s)")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device, help="cuda or cpu (default: CUDA if available)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     print(f"{describe_machine(device)}; {arguments.sentences} sentences")

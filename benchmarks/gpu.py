@@ -30,6 +30,7 @@ from workload import (
     markdown_table,
     matrix_peaks,
     time_interleaved,
+    timing_parser,
     training_batches,
 )
 
@@ -167,15 +168,12 @@ def decoding(arguments: argparse.Namespace, device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_parser(__doc__)
     parser.add_argument("--size", choices=list(SIZES), default="base", help="model size (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=30_000, help="vocabulary size (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=25_000, help="tokens per batch (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=10, help="batches per round (default: %(default)s)")
     parser.add_argument("--sentences", type=int, default=2_000, help="sentences to decode (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after a warm-up (default: %(default)s)")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device, help="cuda or cpu (default: CUDA if available)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     print(f"{describe_machine(device)}\n")

@@ -5,7 +5,6 @@
 The text is synthetic. Each round runs every case once; medians over the rounds are reported.
 """
 
-import argparse
 import functools
 import statistics
 import sys
@@ -17,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers import SIZES, ThisProject, count_tokens
-from workload import SyntheticPairs, describe_machine, markdown_table, time_interleaved
+from workload import SyntheticPairs, describe_machine, markdown_table, time_interleaved, timing_parser
 
 VOCABULARY, BATCH_TOKENS, LENGTH, SIZE = 10_000, 4_096, 16, "tiny"
 # Quantities that vary, each with its cases: model size, sentence length, tokens in a batch.
@@ -75,11 +74,8 @@ def chart(measured: pd.DataFrame) -> alt.HConcatChart:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after a warm-up (default: %(default)s)")
+    parser = timing_parser(__doc__)
     parser.add_argument("--picture", default="", help="file for the chart, .png or .svg; empty: none")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device, help="cuda or cpu (default: CUDA if available)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     measured = measure(device, arguments.rounds)

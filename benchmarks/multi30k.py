@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     print(f"trained {len(runs)} seeds in {(time.perf_counter() - start) / 60:.1f} minutes on {get_device().type}")
     weights, search = select(runs, tokenizer)
     print(
-        f"\nselected: {weights.which} weights, {weights.average} epochs averaged, "
+        f"\nselected: {weights.which} weights, epochs averaged {weights.average}, "
         f"beam size {search.beam_size}, length penalty {search.length_penalty}\n"
     )
     bleus = []

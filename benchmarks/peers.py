@@ -349,7 +349,7 @@ class Marian(LibraryPeer):
 
 
 class MarianInBF16(Marian):
-    """The whole model cast to bf16, the simplest way for a user to have it in bf16."""
+    """The whole model cast to bf16, which takes a user one line."""
 
     name = "Marian (cast to bf16)"
 

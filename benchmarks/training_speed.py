@@ -9,7 +9,6 @@ speedup of this project, peak memory, and model FLOP/s utilization (MFU): the sh
 measured in the same run, that the products with weights reach. Peers that are not installed are skipped.
 """
 
-import argparse
 import multiprocessing
 import statistics
 import sys
@@ -37,6 +36,7 @@ from workload import (
     matrix_peaks,
     synchronize,
     time_interleaved,
+    timing_parser,
     training_batches,
 )
 
@@ -44,15 +44,12 @@ PEERS = [Tutorial, PyTorch, Marian, JoeyNMT]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing_parser(__doc__, rounds=5)
     parser.add_argument("--data", default="", help="prefix of two aligned files; empty: synthetic text")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "base"], help="model sizes")
     parser.add_argument("--vocabulary", type=int, default=10_000, help="vocabulary size (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=4_096, help="tokens per batch (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=4, help="batches per round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warm-up (default: %(default)s)")
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default_device, help="cuda or cpu (default: CUDA if available)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     batches = training_batches(arguments.data, arguments.vocabulary, arguments.batch_tokens, arguments.batches)

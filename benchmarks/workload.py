@@ -1,8 +1,9 @@
-"""Shared by the benchmarks: batches of real or synthetic text, timing, hardware description, tables.
+"""Shared by the benchmarks: batches of real or synthetic text, timing, command lines, machine description, tables.
 
 B  batch    S  source length
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -138,7 +139,16 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> fl
     return 2 * size**3 / min(seconds)
 
 
-# ---------------------------------------------------------------------------- output
+# ---------------------------------------------------------------------------- command lines and output
+
+
+def timing_parser(description: str, rounds: int = 3) -> argparse.ArgumentParser:
+    """A parser with --rounds and --device."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed after a warm-up round (default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cuda or cpu (default: CUDA if available)")
+    return parser
 
 
 def describe_machine(device: torch.device) -> str:
