@@ -1,12 +1,11 @@
-"""Time and memory that it takes to prepare a corpus, by its size.
+"""Time and memory of corpus preparation against the number of pairs.
 
     python benchmarks/corpus_size.py --pairs 100000 1000000 10000000
 
-For each size a .tsv of made-up sentences is written, and a process of its own reads it, splits it, trains a
-tokenizer, encodes it with as many processes as there are cores, cuts it into batches and draws the first
-one: what happens before the first step of `train.py`. Memory is the resident memory of all processes
-together, at most: what is theirs alone (a machine must have that much), and with the pages of mapped
-files (which it drops when it needs the room). Ten million pairs take 8 GB of disk in --folder.
+For each size, writes a .tsv file of synthetic sentences. A new process then does what `train.py` does before its first
+step: it reads and splits the corpus, trains a tokenizer, encodes the pairs in one process per core, forms batches, and
+builds the first one. Memory is the peak over time of the sum over all processes, as private memory (required) and with
+the pages of memory-mapped files (released when memory is short). Ten million pairs take 8 GB of disk in --folder.
 """
 
 import argparse
@@ -19,94 +18,106 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from workload import machine, table
+from workload import describe_machine, markdown_table
 
 CLAUSES, WORDS = 100_000, 50_000
 
 
 def write_corpus(path: Path, pairs: int) -> None:
-    """Sentences of two clauses, each of 2 to 12 words that are frequent as in text (Zipf), with their translations."""
+    """Sentences of two clauses of 2 to 12 words, with a Zipf distribution as in text; the target reverses each word."""
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(rng.choice(letters, rng.integers(2, 10))) for _ in range(WORDS)]
     frequency = 1 / np.arange(10, WORDS + 10)
     lengths = rng.integers(2, 13, CLAUSES)
-    drawn = iter(rng.choice(WORDS, lengths.sum(), p=frequency / frequency.sum()).tolist())
-    clauses = [[words[next(drawn)] for _ in range(n)] for n in lengths]
-    sides = [[" ".join(c) for c in clauses], [" ".join(word[::-1] for word in c) for c in clauses]]
+    sampled = iter(rng.choice(WORDS, lengths.sum(), p=frequency / frequency.sum()).tolist())
+    clauses = [[words[next(sampled)] for _ in range(n)] for n in lengths]
+    sources = [" ".join(clause) for clause in clauses]
+    targets = [" ".join(word[::-1] for word in clause) for clause in clauses]
     with path.open("w") as file:
         for start in range(0, pairs, 100_000):
             chosen = rng.integers(0, CLAUSES, (min(100_000, pairs - start), 2)).tolist()
-            file.writelines(f"{sides[0][a]}, {sides[0][b]}.\t{sides[1][a]}, {sides[1][b]}.\n" for a, b in chosen)
+            file.writelines(f"{sources[a]}, {sources[b]}.\t{targets[a]}, {targets[b]}.\n" for a, b in chosen)
 
 
-def prepare(path: Path, times) -> None:
+def prepare(path: Path, seconds: dict[str, float]) -> None:
+    """The new process: prepares the corpus and stores how long it took."""
     from config import get_config
     from dataset import Batches, get_ds
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     config = get_config("opus_books", datasource=str(path), run_dir=str(path.parent / "run"))
     train, *_ = get_ds(config)
-    times["corpus, tokenizer, ids"] = time.perf_counter() - begun
-    begun = time.perf_counter()
+    seconds["encoding"] = time.perf_counter() - start
+    start = time.perf_counter()
     batches = Batches(train, config, epoch=0)
     train[next(iter(batches))]
-    times["batches"] = time.perf_counter() - begun
+    seconds["batches"] = time.perf_counter() - start
     print(f"{len(train):,} pairs, {len(batches):,} batches", file=sys.stderr)
 
 
-def resident(root: int) -> tuple[int, int]:
-    """Bytes of a process and its descendants: their own, and with mapped files."""
-    own = whole = 0
-    family, waiting = [], [root]
+def resident_memory(root: int) -> tuple[int, int]:
+    """Bytes of a process and its descendants: private, and with memory-mapped files."""
+    private = total = 0
+    processes, waiting = [], [root]
     while waiting:
-        family.append(waiting.pop())
-        tasks = Path(f"/proc/{family[-1]}/task/{family[-1]}/children")
-        waiting += [int(child) for child in tasks.read_text().split()] if tasks.exists() else []
-    for process in family:
+        processes.append(waiting.pop())
+        children = Path(f"/proc/{processes[-1]}/task/{processes[-1]}/children")
+        waiting += [int(child) for child in children.read_text().split()] if children.exists() else []
+    for process in processes:
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines[1:]}
-        own, whole = own + sizes["Pss_Anon"], whole + sizes["Pss"]
-    return own, whole
+        private, total = private + sizes["Pss_Anon"], total + sizes["Pss"]
+    return private, total
 
 
 def measure(pairs: int, folder: Path) -> list[str]:
+    """A row of the table."""
     folder = folder / str(pairs)
     folder.mkdir(parents=True)
     write_corpus(folder / "corpus.tsv", pairs)
-    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # for the process, which begins afresh
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # inherited by the new process
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
-        times = manager.dict()
-        process = context.Process(target=prepare, args=(folder / "corpus.tsv", times))
-        begun = time.perf_counter()
+        seconds = manager.dict()
+        process = context.Process(target=prepare, args=(folder / "corpus.tsv", seconds))
+        start = time.perf_counter()
         process.start()
-        own = whole = 0
+        private = total = 0
         while process.is_alive():
-            own, whole = map(max, (own, whole), resident(process.pid))
+            private, total = map(max, (private, total), resident_memory(process.pid))
             time.sleep(0.2)
-        total = time.perf_counter() - begun
+        elapsed = time.perf_counter() - start
         process.join()
         if process.exitcode:
-            sys.exit("the preparation failed; its words are above")
-        cells = [times["corpus, tokenizer, ids"], times["batches"], total]
-    return [f"{pairs:,}", *(f"{seconds:,.0f}" for seconds in cells), f"{own / 1e9:.2f}", f"{whole / 1e9:.2f}"]
+            sys.exit(f"preparing {pairs:,} pairs failed with exit status {process.exitcode}; see the error above")
+        cells = [seconds["encoding"], seconds["batches"], elapsed]
+    return [f"{pairs:,}", *(f"{cell:,.0f}" for cell in cells), f"{private / 1e9:.2f}", f"{total / 1e9:.2f}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--folder", default="/tmp/corpus_size", help="where to write; new")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000], help="corpus sizes")
+    parser.add_argument(
+        "--folder", default="/tmp/corpus_size", help="a new folder for the files (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     rows = [measure(pairs, Path(arguments.folder)) for pairs in arguments.pairs]
     import torch
 
-    print(machine(torch.device("cpu")))
-    header = ["pairs", "corpus, tokenizer, ids (s)", "batches (s)", "in all (s)", "own GB", "with mapped files, GB"]
-    print(table(rows, header))
+    print(describe_machine(torch.device("cpu")))
+    header = [
+        "pairs",
+        "corpus, tokenizer, ids (s)",
+        "batches (s)",
+        "total (s)",
+        "private memory (GB)",
+        "with mapped files (GB)",
+    ]
+    print(markdown_table(rows, header))
 
 
 if __name__ == "__main__":

@@ -1,80 +1,85 @@
-"""Translation speed of this project and its peers, in turn, on the same sentences and sizes.
+"""Decoding speed of this project and its peers on the same sentences and model sizes.
 
-    python benchmarks/decoding.py --data FOLDER/train.lc.norm.tok --test FOLDER/test_2016_flickr.lc.norm.tok
-    python benchmarks/decoding.py                                    # made-up ids
+    python benchmarks/decoding_speed.py --data FOLDER/train.lc.norm.tok --test FOLDER/test_2016_flickr.lc.norm.tok
+    python benchmarks/decoding_speed.py                              # synthetic text
 
-The weights are random; each translation ends when it is as long as its reference. JoeyNMT and Marian go on
-with a batch until its last sentence has ended, as they do with trained weights. The tutorial's way, a
-sentence at a time, is timed on a few sentences. Prints a table for each size and beam: target tokens a
-second (median over the rounds), how many times as fast this project is, and the speed of the round before
-them: bf16 products on a CPU are prepared anew for every shape that has not been there. A peer that is not
-installed is left out. Against CTranslate2, which cannot be told where to end: benchmarks/engines.py.
+The weights are random; each translation is as long as its reference. Marian and JoeyNMT process a batch until its
+last translation ends, as they do with trained weights. The tutorial's implementation, which decodes one sentence at
+a time, is timed on a few sentences.
+
+Prints a table for each model size and beam size: target tokens per second (median over the rounds), the speedup of
+this project, and the speed in the warm-up round, where a CPU prepares bf16 products for each new shape. Peers that
+are not installed are skipped. For CTranslate2, whose output length cannot be set, see benchmarks/engines.py.
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from peers import SIZES, JoeyNMT, Marian, MarianInBF16, Ours, Tutorial
-from training_speed import installed
-from workload import in_turn, machine, median, sentences_to_write, table
+from peers import SIZES, JoeyNMT, Marian, MarianInBF16, ThisProject, Tutorial
+from training_speed import is_installed
+from workload import decoding_batches, describe_machine, markdown_table, time_interleaved, timing_parser
 
 TUTORIAL_SENTENCES = 4
 PEERS = [Tutorial, Marian, MarianInBF16, JoeyNMT]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="", help="prefix of two aligned files for the vocabulary; empty: made-up ids")
-    parser.add_argument("--test", default="", help="prefix of the two whose source is translated")
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "base"])
-    parser.add_argument("--beams", nargs="+", type=int, default=[1, 5])
-    parser.add_argument("--vocabulary", type=int, default=10_000)
-    parser.add_argument("--batch-tokens", type=int, default=8_192, help="source tokens a batch, over the beam size")
-    parser.add_argument("--sentences", type=int, default=1_000)
+    parser = timing_parser(__doc__)
+    parser.add_argument("--data", default="", help="prefix of two aligned files for the vocabulary; empty: synthetic")
+    parser.add_argument("--test", default="", help="prefix of two aligned files: sentences and references")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "base"], help="model sizes")
+    parser.add_argument("--beams", nargs="+", type=int, default=[1, 5], help="beam sizes; 1: greedy search")
+    parser.add_argument("--vocabulary", type=int, default=10_000, help="vocabulary size (default: %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=8_192, help="source tokens per batch times beam size")
+    parser.add_argument("--sentences", type=int, default=1_000, help="number of sentences, the longest ones")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of this project")
-    parser.add_argument("--without", nargs="*", default=[], choices=[way.name for way in PEERS], help="peers left out")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    names = [peer.name for peer in PEERS]
+    skip_help = f"peers to skip, of: {', '.join(names)}"
+    parser.add_argument("--without", nargs="*", default=[], choices=names, metavar="PEER", help=skip_help)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    print(f"{machine(device)}, PyTorch {torch.__version__}; {arguments.sentences} sentences")
+    print(f"{describe_machine(device)}; {arguments.sentences} sentences")
     for name in arguments.sizes:
-        for beam in arguments.beams:
-            print(f"\n{name}, {'greedy' if beam == 1 else f'beam {beam}'}\n", flush=True)
-            print(measure(name, beam, arguments, device), flush=True)
+        for beam_size in arguments.beams:
+            print(f"\n{name}, {'greedy' if beam_size == 1 else f'beam {beam_size}'}\n", flush=True)
+            print(compare(name, beam_size, arguments, device), flush=True)
 
 
 @torch.inference_mode()
-def measure(name: str, beam: int, arguments, device: torch.device) -> str:
-    size, vocabulary = SIZES[name], arguments.vocabulary
-    budget = arguments.batch_tokens // beam
-    batches = sentences_to_write(arguments.data, arguments.test, vocabulary, budget, arguments.sentences, device)
-    ways = {Ours.name: Ours(size, vocabulary, device, arguments.precision)}
-    for way in PEERS:
-        if installed(way) and way.name not in arguments.without and not (way is Tutorial and beam > 1):
-            ways[way.name] = way(size, vocabulary, device)
-    precisions = {name: way.prepare_to_write() for name, way in ways.items()}
-    given = {name: few(batches) if name == Tutorial.name else batches for name in ways}
-
-    def work(name: str):
-        return lambda: [ways[name].write(source, steps, beam) for source, steps in given[name]]
-
-    seconds = in_turn({name: work(name) for name in ways}, arguments.rounds, device, keep_first=True)
-    rows, ours = [], None
-    for name, (first, *others) in seconds.items():
-        tokens = sum(int(steps.sum()) for _, steps in given[name])
-        speed, at_first = tokens / median(others), tokens / first
-        ours = ours or speed
-        rows.append([name, precisions[name], f"{speed:,.0f}", f"{ours / speed:.2f}", f"{at_first:,.0f}"])
-    return table(rows, ["", "precision", "target tokens/s", "this project is × as fast", "the first time"])
+def compare(size_name: str, beam_size: int, arguments: argparse.Namespace, device: torch.device) -> str:
+    """A table of all installed implementations."""
+    size, vocab_size = SIZES[size_name], arguments.vocabulary
+    budget = arguments.batch_tokens // beam_size
+    batches = decoding_batches(arguments.data, arguments.test, vocab_size, budget, arguments.sentences, device)
+    implementations = {ThisProject.name: ThisProject(size, vocab_size, device, arguments.precision)}
+    for peer in PEERS:
+        if peer.name not in arguments.without and not (peer is Tutorial and beam_size > 1) and is_installed(peer):
+            implementations[peer.name] = peer(size, vocab_size, device)
+    precisions = {name: each.prepare_for_decoding() for name, each in implementations.items()}
+    inputs = {name: sample_sentences(batches) if name == Tutorial.name else batches for name in implementations}
+    tasks = {name: lambda name=name: decode(implementations[name], inputs[name], beam_size) for name in implementations}
+    rows, speed_here = [], None
+    for name, (warmup, *seconds) in time_interleaved(tasks, arguments.rounds, device, keep_warmup=True).items():
+        tokens = sum(int(lengths.sum()) for _, lengths in inputs[name])
+        speed = tokens / statistics.median(seconds)
+        speed_here = speed_here or speed
+        rows.append([name, precisions[name], f"{speed:,.0f}", f"{speed_here / speed:.2f}", f"{tokens / warmup:,.0f}"])
+    header = ["", "precision", "target tokens/s", "speedup of this project", "target tokens/s in warm-up"]
+    return markdown_table(rows, header)
 
 
-def few(batches: list[tuple]) -> list[tuple]:
-    """Sentences from batches all over, one at a time."""
+def decode(implementation, batches: list[tuple], beam_size: int) -> None:
+    for source, lengths in batches:
+        implementation.decode(source, lengths, beam_size)
+
+
+def sample_sentences(batches: list[tuple]) -> list[tuple]:
+    """A few single sentences, from batches spread evenly over the list."""
     chosen = torch.linspace(0, len(batches) - 1, TUTORIAL_SENTENCES).long().tolist()
     return [(batches[i][0][:1], batches[i][1][:1]) for i in chosen]
 

@@ -1,11 +1,11 @@
-"""What a run survives: kills, signals, damaged files, full disks.
+"""Fault injection: a run must survive kills, signals, damaged files and full disks.
 
-    python benchmarks/faults.py            # the whole plan, some minutes, and a table
-    python benchmarks/faults.py --quick    # a sixth of it
+    python benchmarks/faults.py            # all trials, about 20 minutes
+    python benchmarks/faults.py --quick    # a sixth of them
 
-A tiny run (360 pairs, two epochs, a checkpoint every other step) is trained once without disturbance.
-Then it is trained again and again, each time disturbed somewhere and taken up by the same command,
-and must end with the same final state to the bit: weights, optimizer, generators, position, scores.
+A tiny run (360 pairs, two epochs, a checkpoint every other step) is trained once without faults. Each trial trains it
+again, injects a fault, and resumes with the same command. The final state must be bit-identical: weights, optimizer,
+random generators, position, scores.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import ctypes
 import functools
 import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import random
@@ -39,7 +40,7 @@ from runs import checkpoint
 from runs.checkpoint import DamagedCheckpoint, load_checkpoint, load_newest
 from training import state
 
-# Workers are forked from a server that has imported everything already: a start costs a fifth of a second.
+# Processes are forked from a server that has already imported everything, so that each starts in 0.2 s.
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["train"])
 
@@ -53,7 +54,7 @@ FLAGS = {
 
 @dataclass
 class Bench:
-    """A folder to work in, the corpus there, and the state in which an undisturbed run ends."""
+    """A working folder with the corpus, the flags of the run, and its final state without faults."""
 
     folder: Path
     flags: dict = field(default_factory=dict)
@@ -70,27 +71,29 @@ class Bench:
         return bench
 
     def train(self, run: str, *more: str, disturb: Callable[[], None] | None = None) -> int:
-        """The command line of train.py in a process of its own, to its end: the exit status."""
+        """Runs train.py in a new process to its end; returns the exit status. `disturb` is called before it starts."""
         process = self.begin(run, *more, disturb=disturb)
         process.join()
         return process.exitcode
 
     def begin(self, run: str, *more: str, disturb: Callable[[], None] | None = None, started=None):
-        words = [word for name, value in self.flags.items() for word in (f"--{name}", str(value))]
-        arguments = [*words, "--run-dir", str(self.folder / run), *more]
+        """Starts train.py in a new process. It sets the event `started` at the first training step."""
+        flags = [word for name, value in self.flags.items() for word in (f"--{name}", str(value))]
+        arguments = [*flags, "--run-dir", str(self.folder / run), *more]
         log = self.folder / f"{run}.log"
-        process = SPAWN.Process(target=command, args=(arguments, log, disturb, started))
+        process = SPAWN.Process(target=run_train, args=(arguments, log, disturb, started))
         process.start()
         return process
 
     def fresh(self, run: str) -> Path:
+        """The folder of a run, removed if it exists."""
         shutil.rmtree(self.folder / run, ignore_errors=True)
         (self.folder / f"{run}.log").unlink(missing_ok=True)
         return self.folder / run
 
 
-def command(arguments: list[str], log: Path, disturb: Callable[[], None] | None, started) -> None:
-    """Runs in the new process: train.py with these arguments, its output in a file."""
+def run_train(arguments: list[str], log: Path, disturb: Callable[[], None] | None, started) -> None:
+    """The new process: train.py with these arguments, its output appended to a file."""
     torch.set_num_threads(1)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -100,12 +103,17 @@ def command(arguments: list[str], log: Path, disturb: Callable[[], None] | None,
         disturb()
     if started:
         step = train.train_step
-        train.train_step = lambda *args, **options: (started.set(), step(*args, **options))[1]
+
+        def signaling_step(*args, **options):
+            started.set()
+            return step(*args, **options)
+
+        train.train_step = signaling_step
     config.run_command(train.main)
 
 
 def final_state(run: Path) -> str:
-    """A digest of all that counts in the newest checkpoint, and of the scores."""
+    """A digest of the newest checkpoint and of the scores."""
     state = load_checkpoint(weights_files(run)[-1])
     digest = hashlib.sha256((run / "scores.jsonl").read_bytes())
 
@@ -135,55 +143,54 @@ def newest_is_readable(run: Path) -> bool:
         return False
 
 
-def clean(run: Path) -> bool:
-    """No part of a file and no orphan is left."""
+def has_no_temporary_files(run: Path) -> bool:
     return not list(run.glob(".*.tmp"))
 
 
 # ---------------------------------------------------------------------------- kills
 
-# Where a process can die around a save: the module, the function, and when.
+# Points around a save at which a process can be killed: the module, the function, and when.
 POINTS = {
     "before the file is written": (torch, "save", "before"),
     "file half written": (torch, "save", "half"),
-    "file written, not sealed": (checkpoint, "_seal", "before"),
-    "seal half written": (checkpoint, "_seal", "half"),
-    "sealed, not renamed": (os, "replace", "before"),
+    "file written, no checksum": (checkpoint, "_seal", "before"),
+    "checksum half written": (checkpoint, "_seal", "half"),
+    "checksum written, not renamed": (os, "replace", "before"),
     "renamed": (os, "replace", "after"),
     "folder flushed": (checkpoint, "_flush_folder", "after"),
-    "saved, older ones of the epoch still there": (state, "save_checkpoint", "after"),
+    "saved, older checkpoints of the epoch not removed": (state, "save_checkpoint", "after"),
     "saved, not validated": (train, "run_validation", "before"),
     "validated, score not written": (train, "write_scores", "before"),
     "score written, not pruned": (train, "prune", "before"),
 }
 
 
-WHILE_WRITING = list(POINTS)[1:5]  # a temporary file is there then
+WHILE_WRITING = list(POINTS)[1:5]  # points at which a temporary file exists
 
 
-def die() -> None:
+def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_at(point: str, nth: int) -> None:
-    """Makes this process kill itself when it comes to the point for the n-th time."""
+    """Makes this process kill itself when it reaches the point for the n-th time."""
     module, name, when = POINTS[point]
-    original, calls = getattr(module, name), iter(range(1, 1 << 30))
+    original, calls = getattr(module, name), itertools.count(1)
 
     @functools.wraps(original)
     def wrapper(*args, **kwargs):
-        if name == "replace" and not str(args[1]).endswith(".pt"):  # configs and scores are renamed too
+        if name == "replace" and not str(args[1]).endswith(".pt"):  # configs and scores are renamed, too
             return original(*args, **kwargs)
         last = next(calls) == nth
         if last and when == "before":
-            die()
+            kill_self()
         result = original(*args, **kwargs)
-        if last and when == "half":  # of a file written by torch.save, or of the digest at its end
+        if last and when == "half":  # half of the file that torch.save wrote, or half of the digest at its end
             path = args[-1]
             size = os.path.getsize(path)
             os.truncate(path, size // 2 if name == "save" else size - 32)
         if last:
-            die()
+            kill_self()
         return result
 
     setattr(module, name, wrapper)
@@ -192,14 +199,13 @@ def die_at(point: str, nth: int) -> None:
 def kill_at_point(bench: Bench, point: str, nth: int) -> bool:
     run = bench.fresh("killed")
     status = bench.train("killed", disturb=functools.partial(die_at, point, nth))
-    in_the_making = any(".pt." in path.name for path in run.glob(".*.tmp"))
-    as_said = in_the_making == (point in WHILE_WRITING)
-    readable = newest_is_readable(run)
-    return status == -signal.SIGKILL and as_said and readable and bench.train("killed") == 0 and ends_well(bench, run)
+    has_temporary_file = any(".pt." in path.name for path in run.glob(".*.tmp"))
+    was_killed = status == -signal.SIGKILL and has_temporary_file == (point in WHILE_WRITING)
+    return was_killed and newest_is_readable(run) and bench.train("killed") == 0 and has_expected_end(bench, run)
 
 
 def kill_at_random(bench: Bench, rng: random.Random, seconds: float) -> bool:
-    """Killed at any moment of its life, start-up included; taken up again, and sometimes killed again."""
+    """Killed at a random time, possibly during startup; resumed, and in a third of the trials killed again."""
     run = bench.fresh("killed")
     readable = True
     for _ in range(rng.choice([1, 1, 2])):
@@ -208,18 +214,18 @@ def kill_at_random(bench: Bench, rng: random.Random, seconds: float) -> bool:
         process.kill()
         process.join()
         readable = readable and newest_is_readable(run)
-    return readable and bench.train("killed") == 0 and ends_well(bench, run)
+    return readable and bench.train("killed") == 0 and has_expected_end(bench, run)
 
 
-def ends_well(bench: Bench, run: Path) -> bool:
-    return final_state(run) == bench.expected and clean(run)
+def has_expected_end(bench: Bench, run: Path) -> bool:
+    return final_state(run) == bench.expected and has_no_temporary_files(run)
 
 
 # ---------------------------------------------------------------------------- signals
 
 
 def signalled(bench: Bench, number: int, rng: random.Random, seconds: float) -> bool:
-    """A signal at any moment after the first step began: saved at a step's boundary, right exit status."""
+    """A signal at a random time after the first step began: the run saves, exits with 128 + number, and resumes."""
     while True:
         run, started = bench.fresh("signalled"), SPAWN.Event()
         process = bench.begin("signalled", started=started)
@@ -230,50 +236,53 @@ def signalled(bench: Bench, number: int, rng: random.Random, seconds: float) -> 
         if process.exitcode is None:
             os.kill(process.pid, number)
         process.join()
-        if process.exitcode != 0:  # 0: it had finished before
+        if process.exitcode != 0:  # 0: it finished before the signal
             break
-    saved = weights_files(run)
-    good = process.exitcode == 128 + number and bool(saved) and newest_is_readable(run) and clean(run)
-    return good and bench.train("signalled") == 0 and ends_well(bench, run)
+    is_saved = bool(weights_files(run)) and newest_is_readable(run) and has_no_temporary_files(run)
+    good = process.exitcode == 128 + number and is_saved
+    return good and bench.train("signalled") == 0 and has_expected_end(bench, run)
 
 
 # ---------------------------------------------------------------------------- damaged files
 
 
 def damaged(bench: Bench, damage: Callable[[bytes], bytes]) -> bool:
-    """The newest checkpoint is damaged: that is noticed, the one before is used, the bad file stays to be seen."""
+    """Damages the newest checkpoint: it is reported and kept, and the previous checkpoint is loaded."""
     run = bench.folder / "damaged"
     if not run.exists():
         shutil.copytree(bench.folder / "whole", run)
         if bench.train("damaged", "--keep-checkpoints", "0", "--num-epochs", "4"):
             return False
-    *_, before, newest = weights_files(run)
-    whole = newest.read_bytes()
-    newest.write_bytes(bad := damage(whole))
+    *_, previous, newest = weights_files(run)
+    intact = newest.read_bytes()
+    corrupt = damage(intact)
+    newest.write_bytes(corrupt)
     try:
         with contextlib.redirect_stderr(io.StringIO()) as warnings:
-            used, _ = load_newest(run)
-        return used == before and newest.read_bytes() == bad and str(newest) in warnings.getvalue()
+            loaded, _ = load_newest(run)
+        return loaded == previous and newest.read_bytes() == corrupt and str(newest) in warnings.getvalue()
     finally:
-        newest.write_bytes(whole)
+        newest.write_bytes(intact)
 
 
 def flip(rng: random.Random, content: bytes) -> bytes:
+    """With one random bit inverted."""
     changed = bytearray(content)
     changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
 def swapped(bench: Bench) -> bool:
+    """The newest checkpoint is overwritten with the oldest one."""
     run = bench.folder / "damaged"
     return damaged(bench, lambda _: weights_files(run)[0].read_bytes())
 
 
-# ---------------------------------------------------------------------------- disks
+# ---------------------------------------------------------------------------- full disks
 
 
 def mount(folder: Path, size: int) -> bool:
-    """Puts an empty file system of so many bytes over the folder, where the system lets us (root on Linux)."""
+    """Mounts an empty file system of `size` bytes on the folder; False if not permitted (it needs root on Linux)."""
     try:
         return ctypes.CDLL(None).mount(b"none", bytes(folder), b"tmpfs", 0, f"size={size}".encode()) == 0
     except AttributeError:
@@ -281,18 +290,21 @@ def mount(folder: Path, size: int) -> bool:
 
 
 def limit_files(size: int) -> None:
-    """No file of this process may grow past so many bytes; to write more is an error, as on a full disk."""
+    """Limits the files of this process to `size` bytes each; writing more is an error, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 @contextlib.contextmanager
-def little_room(bench: Bench, run: Path, extra: int) -> Iterator[Callable | None]:
-    """Leaves so many bytes beside the run's files; yields what a process must do to itself where nothing mounts."""
+def limited_space(bench: Bench, run: Path, extra: int) -> Iterator[Callable | None]:
+    """Leaves `extra` bytes of disk space for the run.
+
+    If mounting is not permitted, yields a function with which the process limits the size of its files instead.
+    """
     kept = run.rename(bench.fresh("kept"))
     run.mkdir()
     used = sum(-(-path.stat().st_size // 4096) * 4096 for path in kept.rglob("*") if path.is_file())
-    mounted = mount(run, used + 8 * 4096 + extra)  # a page or two for folders, config and event files
+    mounted = mount(run, used + 8 * 4096 + extra)  # some pages for folders, config and event files
     if mounted:
         shutil.copytree(kept, run, dirs_exist_ok=True)
     else:
@@ -310,68 +322,71 @@ def little_room(bench: Bench, run: Path, extra: int) -> Iterator[Callable | None
 
 
 def disk_full(bench: Bench, share: float) -> bool:
-    """Room for a share of a checkpoint: it is not saved, what was there stays, and with room the run goes on."""
+    """With space for `share` of a checkpoint saving fails and no file is lost; with more space the run resumes."""
     run = bench.fresh("full")
-    begun = bench.train("full", "--num-epochs", "1")
+    status = bench.train("full", "--num-epochs", "1")
     before = {path: path.read_bytes() for path in weights_files(run)}
     size = len(before[weights_files(run)[-1]])
-    with little_room(bench, run, int(share * size)) as disturb:
-        good = refused_and_unharmed(bench, run, before, disturb)
-    return begun == 0 and good and bench.train("full") == 0 and ends_well(bench, run)
+    with limited_space(bench, run, int(share * size)) as disturb:
+        good = fails_cleanly(bench, run, before, disturb)
+    return status == 0 and good and bench.train("full") == 0 and has_expected_end(bench, run)
 
 
-def refused_and_unharmed(bench: Bench, run: Path, before: dict, disturb: Callable | None = None) -> bool:
+def fails_cleanly(bench: Bench, run: Path, before: dict[Path, bytes], disturb: Callable | None = None) -> bool:
+    """The run ends with one error line and status 2, and the files of `before` are unchanged."""
     log = bench.folder / "full.log"
     log.unlink()
     status = bench.train("full", disturb=disturb)
     errors = [line for line in log.read_text().splitlines() if line.startswith("error:")]
-    unharmed = all(path.is_file() and path.read_bytes() == content for path, content in before.items())
-    return status == 2 and len(errors) == 1 and "Traceback" not in log.read_text() and unharmed and clean(run)
+    unchanged = all(path.is_file() and path.read_bytes() == content for path, content in before.items())
+    one_error = len(errors) == 1 and "Traceback" not in log.read_text()
+    return status == 2 and one_error and unchanged and has_no_temporary_files(run)
 
 
-# ---------------------------------------------------------------------------- the plan
+# ---------------------------------------------------------------------------- trials
 
 
 def plan(bench: Bench, share: float, seed: int = 0) -> list[tuple[str, list[Callable[[], bool]]]]:
-    """Every group of trials, with `share` of the full number of each."""
+    """The trials for each kind of fault, `share` of the full number."""
     rng = random.Random(seed)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     bench.fresh("timed")
     bench.train("timed")
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
 
-    def some(full: int) -> range:
+    def trials(full: int) -> range:
         return range(max(1, round(share * full)))
 
-    chosen = [(point, nth) for point in POINTS for nth in (1, 2)]
-    chosen = rng.sample(chosen, len(some(len(chosen)))) if share < 1 else chosen
-    signals = [(signal.SIGINT, signal.SIGTERM)[i % 2] for i in some(40)]
-    rooms = (0.02, 0.3, 0.6, 0.9, 0.99)[: len(some(5))]
+    points = [(point, nth) for point in POINTS for nth in (1, 2)]
+    points = rng.sample(points, len(trials(len(points)))) if share < 1 else points
+    signals = [(signal.SIGINT, signal.SIGTERM)[i % 2] for i in trials(40)]
+    space = (0.02, 0.3, 0.6, 0.9, 0.99)[: len(trials(5))]
     return [
-        ("SIGKILL around a save", [functools.partial(kill_at_point, bench, *point) for point in chosen]),
-        ("SIGKILL at random", [functools.partial(kill_at_random, bench, rng, seconds) for _ in some(100)]),
-        ("SIGINT and SIGTERM", [functools.partial(signalled, bench, s, rng, seconds / 2) for s in signals]),
-        ("truncated", [lambda: damaged(bench, lambda b: b[: rng.randrange(1, len(b))]) for _ in some(50)]),
-        ("a bit flipped", [lambda: damaged(bench, functools.partial(flip, rng)) for _ in some(300)]),
-        ("empty", [lambda: damaged(bench, lambda _: b"")]),
-        ("swapped", [lambda: swapped(bench)]),
-        ("disk full", [functools.partial(disk_full, bench, room) for room in rooms]),
+        ("SIGKILL around a save", [functools.partial(kill_at_point, bench, *point) for point in points]),
+        ("SIGKILL at a random time", [functools.partial(kill_at_random, bench, rng, seconds) for _ in trials(100)]),
+        ("SIGINT or SIGTERM", [functools.partial(signalled, bench, s, rng, seconds / 2) for s in signals]),
+        ("checkpoint truncated", [lambda: damaged(bench, lambda b: b[: rng.randrange(1, len(b))]) for _ in trials(50)]),
+        ("one bit flipped", [lambda: damaged(bench, functools.partial(flip, rng)) for _ in trials(300)]),
+        ("checkpoint emptied", [lambda: damaged(bench, lambda _: b"")]),
+        ("replaced by an older one", [lambda: swapped(bench)]),
+        ("disk full", [functools.partial(disk_full, bench, fraction) for fraction in space]),
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a sixth of the plan")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="run a sixth of the trials")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         bench = Bench.prepare(Path(folder))
-        print(f"| {'fault':<24} | good | of  | seconds |\n|{'-' * 26}|------|-----|---------|")
+        print(f"| {'fault':<24} | survived | trials | seconds |\n|{'-' * 26}|----------|--------|---------|")
         failures = 0
         for name, trials in plan(bench, 1 / 6 if arguments.quick else 1):
-            begun = time.perf_counter()
-            good = sum(trial() for trial in tqdm(trials, desc=name, leave=False))
-            failures += len(trials) - good
-            print(f"| {name:<24} | {good:>4} | {len(trials):>3} | {time.perf_counter() - begun:>7.0f} |", flush=True)
+            start = time.perf_counter()
+            survived = sum(trial() for trial in tqdm(trials, desc=name, leave=False))
+            failures += len(trials) - survived
+            seconds = time.perf_counter() - start
+            print(f"| {name:<24} | {survived:>8} | {len(trials):>6} | {seconds:>7.0f} |", flush=True)
     sys.exit(failures > 0)
 
 

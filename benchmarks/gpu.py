@@ -1,171 +1,185 @@
-"""What to run first on a GPU: is it right there, what does each step towards speed bring, what does translation cost?
+"""First checks on a GPU: correctness, training speed by precision and with torch.compile, decoding speed.
 
-    python benchmarks/gpu.py                      # the base model of the paper, made-up ids
-    python benchmarks/gpu.py --size tiny --vocabulary 1000 --batch-tokens 2000 --device cpu   # to try the script
+    python benchmarks/gpu.py                      # the base model of the paper
+    python benchmarks/gpu.py --size tiny --vocabulary 1000 --batch-tokens 2000 --device cpu   # a quick trial
 
-First the same small model on the CPU and on the device: loss, gradients, translations. Then training of the
-large one in several ways, one after the other, and greedy translation. Stands alone: no data and no peers;
-those are in training.py and decoding.py.
+First compares a small model on the CPU and on the device: loss, gradients and translations. Then times training and
+greedy decoding of the large model. Needs no data and no other library: the text is synthetic. For a comparison with
+other implementations see benchmarks/training_speed.py and benchmarks/decoding_speed.py.
 """
 
 import argparse
 import copy
 import functools
+import statistics
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from peers import SIZES, Ours, Size, tokens_of
-from training_speed import DTYPES, peak_memory
-from workload import MadeUp, in_turn, machine, matrix_peak, median, sentences_to_write, table, training_batches
+from decoding_speed import decode
+from peers import SIZES, ModelSize, ThisProject, count_tokens, search_with_limits
+from training_speed import peak_memory, train
+from workload import (
+    PRECISIONS,
+    SyntheticPairs,
+    decoding_batches,
+    describe_machine,
+    describe_peaks,
+    markdown_table,
+    matrix_peaks,
+    time_interleaved,
+    timing_parser,
+    training_batches,
+)
 
 from compute.ops import use_bf16_products
 from model import Transformer
-from search import beam_search, greedy_decode
 from training.losses import Learner
-from translate import CachedDecoder
 
-SMALL, SMALL_VOCABULARY = Size(d_model=64, layers=2, heads=4, d_ff=128), 100
-# Largest relative difference that rounding explains, of the loss and of all gradients together.
+SMALL, SMALL_VOCABULARY = ModelSize(d_model=64, layers=2, heads=4, d_ff=128), 100
+# Largest relative difference of the loss, and of all gradients together, that rounding explains.
 TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2}
-SAME = 0.95  # of the translations in fp32; now and then two tokens are equally likely, but for rounding
-WILDNESS = 3  # by which weights are multiplied: 55 of 64 sentences then get translations of their own, not 10
+MIN_IDENTICAL = 0.95  # share of translations in fp32; rounding decides between tokens of nearly equal probability
+# Factor on the weights in the comparison of translations: 55 of 64 sentences then have distinct translations, not 10.
+WEIGHT_SCALE = 3
 
 
-class Compiled(Ours):
-    """With torch.compile over encoder and decoder, for shapes that vary."""
+class Compiled(ThisProject):
+    """With torch.compile on encoder and decoder, for dynamic shapes."""
 
-    def __init__(self, *arguments, **others):
-        super().__init__(*arguments, **others)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         for part in (self.run.model.encoder, self.run.model.decoder):
             part.compile(dynamic=True)
 
 
-TRAINING = [("fp32", Ours, "fp32"), ("bf16", Ours, "bf16"), ("bf16, compiled", Compiled, "bf16")]
+TRAINING = [("fp32", ThisProject, "fp32"), ("bf16", ThisProject, "bf16"), ("bf16, compiled", Compiled, "bf16")]
+
+
+# ---------------------------------------------------------------------------- correctness
 
 
 def check(device: torch.device) -> str:
-    """Differences between the CPU in fp32 and the device; AssertionError where rounding does not explain them."""
+    """Differences between the device and the CPU in fp32. AssertionError if rounding does not explain them."""
     torch.manual_seed(0)
-    reference = Ours(SMALL, SMALL_VOCABULARY, torch.device("cpu"), "fp32")
+    reference = ThisProject(SMALL, SMALL_VOCABULARY, torch.device("cpu"), "fp32")
     reference.run.model.eval()  # no dropout
-    batch = MadeUp(64, SMALL_VOCABULARY, 12)[list(range(64))]
+    batch = SyntheticPairs(64, SMALL_VOCABULARY, 12)[list(range(64))]
     expected = loss_and_gradients(reference, batch)
     rows = []
     for precision, tolerance in TOLERANCES.items():
-        here = Ours(SMALL, SMALL_VOCABULARY, device, precision)
-        here.run.model.load_state_dict(reference.run.model.state_dict())
-        here.run.model.eval()
-        found = loss_and_gradients(here, batch)
+        tested = ThisProject(SMALL, SMALL_VOCABULARY, device, precision)
+        tested.run.model.load_state_dict(reference.run.model.state_dict())
+        tested.run.model.eval()
+        found = loss_and_gradients(tested, batch)
         differences = [((a - b).norm() / a.norm()).item() for a, b in zip(expected, found, strict=True)]
         assert max(differences) < tolerance, (precision, differences)
-        same = [same_translations(reference, here, batch["encoder_input"], beam) for beam in (1, 5)]
-        assert precision != "fp32" or min(same) >= SAME, same
-        rows.append([precision, *(f"{d:.1e}" for d in differences), *(f"{share:.0%}" for share in same)])
-    return table(rows, ["", "loss", "gradients", "the same, greedy", "the same, beam 5"])
+        identical = [share_identical(reference, tested, batch["encoder_input"], beam_size) for beam_size in (1, 5)]
+        assert precision != "fp32" or min(identical) >= MIN_IDENTICAL, identical
+        rows.append([precision, *(f"{d:.1e}" for d in differences), *(f"{share:.0%}" for share in identical)])
+    return markdown_table(rows, ["", "loss", "gradients", "identical, greedy", "identical, beam 5"])
 
 
-def loss_and_gradients(way: Ours, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    learner = Learner(way.run.model, 0.1)
-    with way.run.autocast():
-        loss = learner(*way.run.inputs(batch))
+def loss_and_gradients(project: ThisProject, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    learner = Learner(project.run.model, 0.1)
+    with project.run.autocast():
+        loss = learner(*project.run.inputs(batch))
     loss.backward()
-    gradients = torch.cat([p.grad.flatten().cpu() for p in way.run.model.parameters()])
-    way.run.model.zero_grad()
+    gradients = torch.cat([p.grad.flatten().cpu() for p in project.run.model.parameters()])
+    project.run.model.zero_grad()
     return loss.detach().cpu(), gradients
 
 
 @torch.inference_mode()
-def same_translations(reference: Ours, here: Ours, source: torch.Tensor, beam: int) -> float:
-    """The share of sentences for which both write the same ids, some of them longer than others."""
+def share_identical(reference: ThisProject, tested: ThisProject, source: torch.Tensor, beam_size: int) -> float:
+    """The share of sentences with identical translations. Their length limits differ, so that the batch shrinks."""
     limits, found = 3 + torch.arange(len(source)) % 18, []
-    for way in (reference, here):
-        model = wild(way.run.model)
-        if way.run.precision == "bf16":
+    for project in (reference, tested):
+        model, device = with_larger_weights(project.run.model), project.run.device
+        if project.run.precision == "bf16":
             use_bf16_products(model)
-        decoder, there = CachedDecoder(model, source.to(way.run.device), 20), limits.to(way.run.device)
-        if beam == 1:
-            found.append(greedy_decode(decoder, there))
-        else:
-            found.append([hypotheses[0].ids for hypotheses in beam_search(decoder, there, beam)])
+        found.append(search_with_limits(model, source.to(device), limits.to(device), beam_size))
     return sum(a == b for a, b in zip(*found, strict=True)) / len(source)
 
 
-def wild(model: Transformer) -> Transformer:
-    """A copy with larger weights: what it writes depends on the source, as an untrained model's hardly does."""
+def with_larger_weights(model: Transformer) -> Transformer:
+    """A copy whose translations depend on the source, unlike those of an untrained model with ordinary weights."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter *= WILDNESS
+            parameter *= WEIGHT_SCALE
     return model
 
 
-def training(arguments, device: torch.device) -> str:
-    size = SIZES[arguments.size]
-    batches = training_batches("", arguments.vocabulary, arguments.batch_tokens, arguments.batches)
-    source, target = map(sum, zip(*map(tokens_of, batches), strict=True))
-    peaks = {dtype: matrix_peak(device, getattr(torch, name)) for dtype, name in DTYPES.items()}
-    print(", ".join(f"{peak / 1e12:.3g} TFLOP/s in {dtype}" for dtype, peak in peaks.items()), flush=True)
-    rows, of_fp32 = [], None
-    for name, way, precision in TRAINING:
-        here = way(size, arguments.vocabulary, device, precision)
-        work = {name: lambda here=here: [here.step(batch) for batch in batches]}
-        first, *others = in_turn(work, arguments.rounds, device, keep_first=True)[name]
-        took = median(others)
-        of_fp32 = of_fp32 or took
-        share = size.flops(source, target, arguments.vocabulary) / took / peaks["bf16"]
-        row = [name, f"{target / took:,.0f}", f"{of_fp32 / took:.2f}", f"{share:.0%}", f"{first - took:.0f}"]
+# ---------------------------------------------------------------------------- speed
+
+
+def training(arguments: argparse.Namespace, device: torch.device) -> str:
+    size, vocab_size = SIZES[arguments.size], arguments.vocabulary
+    batches = training_batches("", vocab_size, arguments.batch_tokens, arguments.batches)
+    tokens = count_tokens(batches)
+    peaks = matrix_peaks(device)
+    print(describe_peaks(peaks), flush=True)
+    rows, fp32_seconds = [], None
+    for name, implementation, precision in TRAINING:
+        project = implementation(size, vocab_size, device, precision)
+        tasks = {name: functools.partial(train, project, batches)}
+        warmup, *seconds = time_interleaved(tasks, arguments.rounds, device, keep_warmup=True)[name]
+        median = statistics.median(seconds)
+        fp32_seconds = fp32_seconds or median
+        utilization = size.flops(*tokens, vocab_size) / median / peaks["bf16"]
+        speedup = fp32_seconds / median
+        row = [name, f"{tokens[1] / median:,.0f}", f"{speedup:.2f}", f"{utilization:.0%}", f"{warmup - median:.0f}"]
         if device.type == "cuda":
-            again = functools.partial(way, precision=precision)
-            row.append(f"{peak_memory(again, size, arguments.vocabulary, batches[:2], device) / 1e9:.1f}")
+            rebuild = functools.partial(implementation, precision=precision)
+            row.append(f"{peak_memory(rebuild, size, vocab_size, batches[:2], device) / 1e9:.1f}")
         rows.append(row)
-        print("  ", *row, flush=True)  # in case that time runs out
-        del here, work
+        print("  ", *row, flush=True)  # at once, in case the run is cut off
+        del project, tasks
     header = [
         "training",
         "target tokens/s",
-        "× as fast as fp32",
-        "share of the bf16 peak",
-        "seconds to begin",
-        "peak GB",
+        "speedup over fp32",
+        "MFU (of the bf16 peak)",
+        "extra time of warm-up (s)",
+        "peak memory (GB)",
     ]
-    return table(rows, header[: len(rows[0])])
+    return markdown_table(rows, header[: len(rows[0])])
 
 
 @torch.inference_mode()
-def translation(arguments, device: torch.device) -> str:
-    size, rows = SIZES[arguments.size], []
-    ways = {precision: Ours(size, arguments.vocabulary, device, precision) for precision in DTYPES}
-    for way in ways.values():
-        way.prepare_to_write()
+def decoding(arguments: argparse.Namespace, device: torch.device) -> str:
+    size, vocab_size, rows = SIZES[arguments.size], arguments.vocabulary, []
+    projects = {precision: ThisProject(size, vocab_size, device, precision) for precision in PRECISIONS}
+    for project in projects.values():
+        project.prepare_for_decoding()
     for budget in (8_192, 65_536):
-        batches = sentences_to_write("", "", arguments.vocabulary, budget, arguments.sentences, device)
-        tokens = sum(int(steps.sum()) for _, steps in batches)
-        work = {
-            precision: lambda way=way, batches=batches: [way.write(source, steps, 1) for source, steps in batches]
-            for precision, way in ways.items()
+        batches = decoding_batches("", "", vocab_size, budget, arguments.sentences, device)
+        tokens = sum(int(lengths.sum()) for _, lengths in batches)
+        tasks = {
+            precision: functools.partial(decode, project, batches, beam_size=1)
+            for precision, project in projects.items()
         }
-        seconds = in_turn(work, arguments.rounds, device)
-        rows += [[name, f"{budget:,}", f"{tokens / median(took):,.0f}"] for name, took in seconds.items()]
-    return table(rows, ["greedy translation", "source tokens a batch", "target tokens/s"])
+        for precision, seconds in time_interleaved(tasks, arguments.rounds, device).items():
+            rows.append([precision, f"{budget:,}", f"{tokens / statistics.median(seconds):,.0f}"])
+    return markdown_table(rows, ["greedy decoding", "source tokens per batch", "target tokens/s"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="base")
-    parser.add_argument("--vocabulary", type=int, default=30_000)
-    parser.add_argument("--batch-tokens", type=int, default=25_000)
-    parser.add_argument("--batches", type=int, default=10, help="in a round")
-    parser.add_argument("--sentences", type=int, default=2_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = timing_parser(__doc__)
+    parser.add_argument("--size", choices=list(SIZES), default="base", help="model size (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=30_000, help="vocabulary size (default: %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=25_000, help="tokens per batch (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=10, help="batches per round (default: %(default)s)")
+    parser.add_argument("--sentences", type=int, default=2_000, help="sentences to decode (default: %(default)s)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    print(f"{machine(device)}, PyTorch {torch.__version__}\n")
-    for part in (lambda: check(device), lambda: training(arguments, device), lambda: translation(arguments, device)):
-        print(part(), "\n", flush=True)
+    print(f"{describe_machine(device)}\n")
+    print(check(device), "\n", flush=True)
+    print(training(arguments, device), "\n", flush=True)
+    print(decoding(arguments, device), "\n", flush=True)
 
 
 if __name__ == "__main__":

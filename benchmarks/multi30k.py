@@ -1,12 +1,12 @@
-"""Multi30k, English to German, from scratch: trains, chooses on validation, reads the test set once.
+"""Multi30k, English to German: trains from scratch, selects on the validation set, evaluates once on the test set.
 
-    python benchmarks/multi30k.py --data FOLDER                            # one seed after another
-    python benchmarks/multi30k.py --data FOLDER --seeds 1 2 3 --at-once 3  # three on one GPU
-    python benchmarks/multi30k.py --data FOLDER --form raw                 # cased text, sacreBLEU's 13a
-    python benchmarks/multi30k.py --data FOLDER -- --num-epochs 150        # what follows goes to train.py
+    python benchmarks/multi30k.py --data FOLDER                            # one seed
+    python benchmarks/multi30k.py --data FOLDER --seeds 1 2 3 --at-once 3  # three seeds at the same time on one GPU
+    python benchmarks/multi30k.py --data FOLDER --form raw                 # cased text, sacreBLEU's 13a tokenizer
+    python benchmarks/multi30k.py --data FOLDER -- --num-epochs 150        # flags after -- are passed to train.py
 
-FOLDER holds train, val and test_2016_flickr, each with `.lc.norm.tok.en` and `.de` (lowercased and
-tokenized by Moses, as the papers use it) or, raw, `.en` and `.de`. A run that is there already goes on.
+FOLDER holds train, val and test_2016_flickr, each as `.lc.norm.tok.en` and `.lc.norm.tok.de` (lowercased and tokenized
+with Moses, as in the papers) or, for --form raw, as `.en` and `.de`. Existing runs are resumed.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -25,94 +26,115 @@ from evaluate import format_scores, score, signature
 from translate import Translator, get_device
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-WEIGHTS = [("best", 1), ("latest", 1), ("latest", 5), ("latest", 10)]  # and over how many epochs they are averaged
-SEARCHES = [(1, 0.6), (5, 0.0), (5, 0.6), (5, 1.0), (5, 1.4), (5, 1.8), (5, 2.4)]  # beam size, length penalty
-USUAL = (5, 0.6)  # the search that weights are compared with
 
 
-def sources(data: str, form: str) -> list[str]:
-    """The flags that name a folder's training, validation and test set."""
+class Weights(NamedTuple):
+    which: str  # best or latest
+    average: int  # number of epochs averaged
+
+
+class Search(NamedTuple):
+    beam_size: int
+    length_penalty: float
+
+
+WEIGHTS = [Weights("best", 1), Weights("latest", 1), Weights("latest", 5), Weights("latest", 10)]
+SEARCHES = [Search(1, 0.6), *(Search(5, length_penalty) for length_penalty in (0.0, 0.6, 1.0, 1.4, 1.8, 2.4))]
+DEFAULT_SEARCH = Search(5, 0.6)  # with which the weights are compared
+
+
+def corpus_flags(data: str, form: str) -> list[str]:
+    """Flags of train.py for the training, validation and test set."""
     suffix = ".lc.norm.tok" if form == "tok" else ""
-    parts = zip(("datasource", "validation-source", "test-source"), ("train", "val", "test_2016_flickr"), strict=True)
-    return [word for name, part in parts for word in (f"--{name}", str(Path(data) / f"{part}{suffix}"))]
+    parts = {"datasource": "train", "validation-source": "val", "test-source": "test_2016_flickr"}
+    return [flag for name, part in parts.items() for flag in (f"--{name}", str(Path(data) / f"{part}{suffix}"))]
 
 
-def train(arguments, seed: int) -> tuple[Path, subprocess.Popen]:
-    run = Path(arguments.runs) / f"multi30k.{arguments.form}.{seed}"
-    run.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(TRAIN), "--preset", "multi30k", *sources(arguments.data, arguments.form)]
-    command += ["--run-dir", str(run), "--seed", str(seed), *arguments.flags]
-    return run, subprocess.Popen(command, stdout=log_of(run).open("a"), stderr=subprocess.STDOUT)
+# ---------------------------------------------------------------------------- training
 
 
-def log_of(run: Path) -> Path:
-    return run.with_name(f"{run.name}.log")
-
-
-def translated(translator: Translator, split: str, beam: int, alpha: float) -> tuple[list[str], list[str], float]:
-    pairs = load_split(translator.config, split)
-    begun = time.perf_counter()
-    predicted = translator.translate(list(pairs["src"]), beam, alpha)
-    return predicted, list(pairs["tgt"]), time.perf_counter() - begun
-
-
-def train_all(arguments) -> list[Path]:
+def train_all(arguments: argparse.Namespace) -> list[Path]:
+    """Trains one run for each seed; returns their folders."""
     runs, waiting = [], list(arguments.seeds)
     with tqdm(total=len(waiting), desc="Training", unit="seed") as bar:
         while waiting:
             group, waiting = waiting[: arguments.at_once], waiting[arguments.at_once :]
-            started = [train(arguments, seed) for seed in group]
+            started = [start_training(arguments, seed) for seed in group]
             for run, process in started:
                 if process.wait():
                     for _, other in started:
                         other.terminate()
-                    raise InputError(f"training failed; its words are in {log_of(run)}")
+                    raise InputError(f"training of {run} failed; see {log_file(run)}")
                 runs.append(run)
                 bar.update()
     return runs
 
 
-def choose(runs: list[Path], tokenizer: str) -> tuple[tuple[str, int], tuple[int, float]]:
-    """The weights with the highest mean BLEU on the validation sets, then the search; prints all that were tried."""
-    print(
-        "\n| weights | average of | beam | length penalty | validation BLEU | sentences/s |\n|---|---|---|---|---|---|"
-    )
+def start_training(arguments: argparse.Namespace, seed: int) -> tuple[Path, subprocess.Popen]:
+    run = Path(arguments.runs) / f"multi30k.{arguments.form}.{seed}"
+    run.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(TRAIN), "--preset", "multi30k", *corpus_flags(arguments.data, arguments.form)]
+    command += ["--run-dir", str(run), "--seed", str(seed), *arguments.flags]
+    return run, subprocess.Popen(command, stdout=log_file(run).open("a"), stderr=subprocess.STDOUT)
 
-    def tried(weights: tuple[str, int], search: tuple[int, float]) -> float:
-        bleus, seconds, sentences = [], 0.0, 0
-        for run in runs:
-            translator = Translator.load(run, weights=weights[0], average=weights[1])
-            predicted, references, took = translated(translator, "validation", *search)
-            bleus.append(score(predicted, references, tokenizer)["bleu"])
-            seconds, sentences = seconds + took, sentences + len(references)
-        cells = (*weights, *search, f"{statistics.mean(bleus):.2f}", f"{sentences / seconds:.0f}")
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-        return statistics.mean(bleus)
 
-    weights = max(WEIGHTS, key=lambda each: tried(each, USUAL))
-    return weights, max(SEARCHES, key=lambda each: tried(weights, each))
+def log_file(run: Path) -> Path:
+    return run.with_name(f"{run.name}.log")
+
+
+# ---------------------------------------------------------------------------- selection and evaluation
+
+
+def translate_split(run: Path, weights: Weights, search: Search, split: str) -> tuple[list[str], list[str], float]:
+    """Translations of a split, its references, and the seconds that translation took."""
+    translator = Translator.load(run, weights=weights.which, average=weights.average)
+    pairs = load_split(translator.config, split)
+    start = time.perf_counter()
+    predicted = translator.translate(list(pairs["src"]), search.beam_size, search.length_penalty)
+    return predicted, list(pairs["tgt"]), time.perf_counter() - start
+
+
+def validation_bleu(runs: list[Path], tokenizer: str, weights: Weights, search: Search) -> float:
+    """Mean over the runs; prints a row of the table."""
+    bleus, seconds, sentences = [], 0.0, 0
+    for run in runs:
+        predicted, references, took = translate_split(run, weights, search, "validation")
+        bleus.append(score(predicted, references, tokenizer)["bleu"])
+        seconds, sentences = seconds + took, sentences + len(references)
+    cells = (*weights, *search, f"{statistics.mean(bleus):.2f}", f"{sentences / seconds:.0f}")
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    return statistics.mean(bleus)
+
+
+def select(runs: list[Path], tokenizer: str) -> tuple[Weights, Search]:
+    """The weights with the highest mean BLEU on the validation set, then the search; prints all candidates."""
+    print("\n| weights | epochs averaged | beam size | length penalty | validation BLEU | sentences/s |")
+    print("|---|---|---|---|---|---|")
+    weights = max(WEIGHTS, key=lambda candidate: validation_bleu(runs, tokenizer, candidate, DEFAULT_SEARCH))
+    return weights, max(SEARCHES, key=lambda candidate: validation_bleu(runs, tokenizer, weights, candidate))
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--at-once", type=int, default=1, help="seeds trained at the same time")
-    parser.add_argument("--form", choices=["tok", "raw"], default="tok")
-    parser.add_argument("--runs", default="weights")
-    parser.add_argument("flags", nargs="*", help="more flags for train.py, after --")
+    parser.add_argument("--data", required=True, help="folder of the corpus")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run is trained for each seed")
+    parser.add_argument("--at-once", type=int, default=1, help="runs trained at the same time (default: %(default)s)")
+    parser.add_argument("--form", choices=["tok", "raw"], default="tok", help="form of the text (default: %(default)s)")
+    parser.add_argument("--runs", default="weights", help="folder in which the runs are stored (default: %(default)s)")
+    parser.add_argument("flags", nargs="*", help="flags for train.py, after --")
     arguments = parser.parse_args(argv)
     tokenizer = "none" if arguments.form == "tok" else "13a"
-    begun = time.perf_counter()
+    start = time.perf_counter()
     runs = train_all(arguments)
-    print(f"{len(runs)} seeds trained in {(time.perf_counter() - begun) / 60:.1f} minutes on {get_device().type}")
-    weights, search = choose(runs, tokenizer)
-    print(f"\nchosen: {weights[0]} weights, average of {weights[1]}, beam {search[0]}, length penalty {search[1]}\n")
+    print(f"trained {len(runs)} seeds in {(time.perf_counter() - start) / 60:.1f} minutes on {get_device().type}")
+    weights, search = select(runs, tokenizer)
+    print(
+        f"\nselected: {weights.which} weights, epochs averaged {weights.average}, "
+        f"beam size {search.beam_size}, length penalty {search.length_penalty}\n"
+    )
     bleus = []
     for run in runs:
-        predicted, references, _ = translated(
-            Translator.load(run, weights=weights[0], average=weights[1]), "test", *search
-        )
+        predicted, references, _ = translate_split(run, weights, search, "test")
         scores = score(predicted, references, tokenizer)
         bleus.append(scores["bleu"])
         print(f"{run.name}, Test 2016: {format_scores(scores)}")

@@ -1,11 +1,10 @@
-"""The same model in five hands: this project's, the tutorial's, PyTorch's, Hugging Face's and JoeyNMT's.
+"""The same model in five implementations: this project, the tutorial, PyTorch, Hugging Face's Marian and JoeyNMT.
 
-    B  sentences in the batch    S  source length    T  target length    V  tokens in the vocabulary
+    B  batch    S  source length    T  target length    V  vocabulary
 
-Each way is given the same batches (as `dataset.BilingualDataset` makes them), the same sizes, the same
-dropout of 0.1 everywhere, label smoothing of 0.1 and one joint vocabulary whose matrix all embeddings
-share. When they translate, the weights are random, but each translation ends where it is told to, as if it
-were as long as its reference: [EOS] is made impossible before and certain then.
+All implementations get the same batches (as `dataset.BilingualDataset` builds them), the same sizes, dropout of 0.1
+everywhere, label smoothing of 0.1, and one joint vocabulary with tied embeddings. Decoding uses random weights;
+each translation is as long as its reference, because [EOS] is made impossible before that length and certain at it.
 """
 
 import math
@@ -30,44 +29,51 @@ from training.state import Progress, Run, make_optimizer
 from translate import CachedDecoder, Translator, choose_precision, get_model
 
 DROPOUT = SMOOTHING = 0.1
-NEVER = -1e9  # the logit of a token that must not be chosen
-TUTORIAL_LENGTH = 350  # to which the tutorial pads every sentence
+INPUTS = ("encoder_input", "decoder_input", "label")  # the tensors of a batch that every implementation uses
+IMPOSSIBLE = -1e9  # logit of a token that must not be generated
+TUTORIAL_LENGTH = 350  # the tutorial pads every sentence to this length
 TUTORIAL_BATCH = 8
 
 
+# ---------------------------------------------------------------------------- model sizes and batches
+
+
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     d_model: int
-    layers: int  # in the encoder, and as many in the decoder
+    layers: int  # in the encoder, and again in the decoder
     heads: int
     d_ff: int
 
-    def flops(self, source_tokens: int, target_tokens: int, vocabulary: int) -> float:
-        """Of a training step in matrix products with weights: 2 for each weight and token, forward, and twice back."""
+    def flops(self, source_tokens: int, target_tokens: int, vocab_size: int) -> float:
+        """FLOPs of a training step in products with weights: 2 per weight and token forward, 4 backward."""
         attention, feed_forward = self.d_model**2, 2 * self.d_model * self.d_ff
-        source = self.layers * (
-            4 * attention + feed_forward + 2 * attention
-        )  # the last: keys and values for the decoder
-        target = self.layers * (6 * attention + feed_forward) + vocabulary * self.d_model
+        # The last term: keys and values of cross-attention are computed for each source token.
+        source = self.layers * (4 * attention + feed_forward + 2 * attention)
+        target = self.layers * (6 * attention + feed_forward) + vocab_size * self.d_model
         return 6.0 * (source_tokens * source + target_tokens * target)
 
 
-SIZES = {"tiny": Size(128, 4, 4, 256), "small": Size(256, 6, 4, 1024), "base": Size(512, 6, 8, 2048)}
+SIZES = {"tiny": ModelSize(128, 4, 4, 256), "small": ModelSize(256, 6, 4, 1024), "base": ModelSize(512, 6, 8, 2048)}
 
 
-def tokens_of(batch: dict) -> tuple[int, int]:
-    """Source and target tokens of a batch, without padding."""
-    return int((batch["encoder_input"] != PAD).sum()), int((batch["label"] != PAD).sum())
+def count_tokens(batches: list[dict]) -> tuple[int, int]:
+    """Source and target tokens, without padding."""
+    source, target = (sum(int((batch[name] != PAD).sum()) for batch in batches) for name in ("encoder_input", "label"))
+    return source, target
 
 
-class Ours:
-    """This project: `train.train_step`, and `search` with cached keys and values."""
+# ---------------------------------------------------------------------------- this project
+
+
+class ThisProject:
+    """This project: `train.train_step`, and its search with cached keys and values."""
 
     name = "this project"
 
-    def __init__(self, size: Size, vocabulary: int, device: torch.device, precision: str = "auto"):
+    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device, precision: str = "auto"):
         self.precision = precision
-        keep_freed_memory()  # as train.py and translate.py do; the other ways share the process, so have it too
+        keep_freed_memory()  # as train.py and translate.py do; it also applies to the peers, in the same process
         config = Config(
             d_model=size.d_model,
             encoder_layers=size.layers,
@@ -81,7 +87,7 @@ class Ours:
             clip_norm=0.0,
             precision=precision,
         )
-        model = get_model(config, vocabulary, vocabulary).to(device)
+        model = get_model(config, vocab_size, vocab_size).to(device)
         self.run = Run(
             config=config,
             device=device,
@@ -95,45 +101,62 @@ class Ours:
             total_steps=10**6,
             progress=Progress(),
         )
-        self.detail = self.run.precision
+        self.training_precision = self.run.precision
 
     def step(self, batch: dict) -> Tensor:
         self.run.model.train()
         loss, _, _ = train_step(self.run, [batch])
         return loss
 
-    def prepare_to_write(self) -> str:
-        """Returns the precision in which it will write."""
+    def prepare_for_decoding(self) -> str:
+        """Returns the precision of decoding."""
         model = self.run.model.eval()
-        forbid_end(model)
+        forbid_eos(model)
         precision = choose_precision(self.precision, self.run.device, model)
         if precision == "bf16":
             use_bf16_products(model)
         return precision
 
-    def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
-        decoder = CachedDecoder(self.run.model, source, int(steps.max()))
-        greedy_decode(decoder, steps) if beam == 1 else beam_search(decoder, steps, beam)
+    def decode(self, source: Tensor, lengths: Tensor, beam_size: int) -> list[list[int]]:
+        return search_with_limits(self.run.model, source, lengths, beam_size)
 
 
-def forbid_end(model: Transformer) -> None:
+def search_with_limits(model: Transformer, source: Tensor, limits: Tensor, beam_size: int) -> list[list[int]]:
+    """Target ids for source ids (B, S), each translation at most as long as its limit (B,).
+
+    `Translator.search` does not fit here: it derives the limits from the lengths of the sources.
+    """
+    decoder = CachedDecoder(model, source, int(limits.max()))
+    if beam_size == 1:
+        return greedy_decode(decoder, limits)
+    return [hypotheses[0].ids for hypotheses in beam_search(decoder, limits, beam_size)]
+
+
+def forbid_eos(model: Transformer) -> None:
     with torch.no_grad():
-        model.projection_layer.proj.bias[EOS] = NEVER
+        model.projection_layer.proj.bias[EOS] = IMPOSSIBLE
+
+
+# ---------------------------------------------------------------------------- the tutorial
 
 
 class Tutorial:
-    """The video's way: 8 sentences padded to 350, attention written out, float32, no cache, one sentence at a time."""
+    """The tutorial's implementation.
 
-    name = "the tutorial's way"
-    detail = "fp32"
+    It trains on batches of 8 sentences padded to 350 tokens, in fp32, with explicit attention. It decodes one sentence
+    at a time without a cache.
+    """
 
-    def __init__(self, size: Size, vocabulary: int, device: torch.device):
+    name = "tutorial's implementation"
+    training_precision = "fp32"
+
+    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device):
         length = TUTORIAL_LENGTH
         self.model = build_transformer(
-            vocabulary, vocabulary, length, length, size.d_model, size.layers, size.heads, DROPOUT, size.d_ff
+            vocab_size, vocab_size, length, length, size.d_model, size.layers, size.heads, DROPOUT, size.d_ff
         ).to(device)
-        for block in (block for kind in self.model.attention_blocks().values() for block in kind):
-            block.attend = written_out.__get__(block)
+        for block in (block for blocks in self.model.attention_blocks().values() for block in blocks):
+            block.attend = explicit_attention.__get__(block)
         for module in list(self.model.modules()):
             for name, child in module.named_children():
                 if type(child).__name__ == "Dropout":
@@ -143,49 +166,93 @@ class Tutorial:
 
     def step(self, batch: dict) -> Tensor:
         source, target, label = (
-            F.pad(batch[name], (0, TUTORIAL_LENGTH - batch[name].size(1)), value=PAD).to(self.device)
-            for name in ("encoder_input", "decoder_input", "label")
+            F.pad(batch[name], (0, TUTORIAL_LENGTH - batch[name].size(1)), value=PAD).to(self.device) for name in INPUTS
         )
         mask = padding_mask(target) & causal_mask(TUTORIAL_LENGTH, self.device)
         logits = self.model(source, target, padding_mask(source), mask)
-        loss = F.cross_entropy(logits.flatten(0, 1), label.flatten(), ignore_index=PAD, label_smoothing=SMOOTHING)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return loss
+        return update(self.optimizer, cross_entropy(logits, label))
 
-    def prepare_to_write(self) -> str:
+    def prepare_for_decoding(self) -> str:
         self.model.eval()
-        forbid_end(self.model)
+        forbid_eos(self.model)
         return "fp32"
 
-    def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
-        """Of one sentence (1, S): the whole decoder again for every token."""
+    def decode(self, source: Tensor, lengths: Tensor, beam_size: int) -> None:
+        """One sentence (1, S), greedily. Each step runs the whole decoder over all tokens so far."""
         source = F.pad(source, (0, TUTORIAL_LENGTH - source.size(1)), value=PAD)
         mask = padding_mask(source)
         encoder_output = self.model.encode(source, mask)
-        written = torch.full((1, 1), SOS, device=source.device)
-        for _ in range(int(steps)):
-            x = self.model.decode(encoder_output, mask, written, causal_mask(written.size(1), source.device))
+        target = torch.full((1, 1), SOS, device=source.device)
+        for _ in range(int(lengths)):
+            x = self.model.decode(encoder_output, mask, target, causal_mask(target.size(1), source.device))
             _, best = torch.max(self.model.project(x[:, -1]), dim=1)
-            written = torch.cat([written, torch.full((1, 1), best.item(), device=source.device)], dim=1)
+            target = torch.cat([target, torch.full((1, 1), best.item(), device=source.device)], dim=1)
 
 
-def written_out(block: MultiHeadAttentionBlock, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def explicit_attention(
+    block: MultiHeadAttentionBlock, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+) -> Tensor:
     scores = (query @ key.transpose(-2, -1)) / math.sqrt(block.d_k)
     scores.masked_fill_(mask == 0, -1e9)
     return block.dropout(scores.softmax(dim=-1)) @ value
 
 
-class PyTorch(nn.Module):
-    """`torch.nn.Transformer` between shared embeddings, with fused AdamW."""
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean over the target tokens: logits (B, T, V), label (B, T) -> ()."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), label.flatten(), ignore_index=PAD, label_smoothing=SMOOTHING)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    """Backward pass and optimizer step; returns the loss."""
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+# ---------------------------------------------------------------------------- libraries
+
+
+class LibraryPeer:
+    """A model of a library, trained with fused AdamW and, on a GPU, with bf16 autocast."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.model, self.device = model.to(device), device
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.training_precision = "bf16" if device.type == "cuda" else "fp32"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.training_precision == "bf16")
+
+    def step(self, batch: dict) -> Tensor:
+        self.model.train()
+        source, target, label = (batch[name].to(self.device, non_blocking=True) for name in INPUTS)
+        with self.autocast():
+            logits = self.logits(source, target)
+        return update(self.optimizer, cross_entropy(logits, label))
+
+    def logits(self, source: Tensor, target: Tensor) -> Tensor:
+        """Source (B, S) and target ids (B, T) to logits (B, T, V)."""
+        raise NotImplementedError
+
+
+class PyTorch(LibraryPeer):
+    """`torch.nn.Transformer` with tied embeddings."""
 
     name = "torch.nn.Transformer"
 
-    def __init__(self, size: Size, vocabulary: int, device: torch.device):
+    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device):
+        super().__init__(PyTorchModel(size, vocab_size), device)
+
+    def logits(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.model(source, target)
+
+
+class PyTorchModel(nn.Module):
+    def __init__(self, size: ModelSize, vocab_size: int):
         super().__init__()
         self.d_model = size.d_model
-        self.embedding = nn.Embedding(vocabulary, size.d_model)
+        self.embedding = nn.Embedding(vocab_size, size.d_model)
         self.body = nn.Transformer(
             size.d_model,
             size.heads,
@@ -196,60 +263,39 @@ class PyTorch(nn.Module):
             batch_first=True,
             norm_first=True,
         )
-        self.projection = nn.Linear(size.d_model, vocabulary)
+        self.projection = nn.Linear(size.d_model, vocab_size)
         nn.init.xavier_uniform_(self.embedding.weight)
         self.projection.weight = self.embedding.weight
         self.dropout = nn.Dropout(DROPOUT)
         reference = build_transformer(4, 4, 512, 512, size.d_model, 1, 1)
         self.register_buffer("pe", reference.src_pos.pe)
-        self.to(device)
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-4, fused=True)
-        self.device, self.autocast = device, autocast_of(device)
-        self.detail = "bf16" if device.type == "cuda" else "fp32"
 
-    def embedded(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         return self.dropout(self.embedding(ids) * math.sqrt(self.d_model) + self.pe[: ids.size(1)])
 
-    def step(self, batch: dict) -> Tensor:
-        names = ("encoder_input", "decoder_input", "label")
-        source, target, label = (batch[name].to(self.device, non_blocking=True) for name in names)
-        later = ~causal_mask(target.size(1), self.device)[0]
-        with self.autocast():
-            x = self.body(
-                self.embedded(source),
-                self.embedded(target),
-                tgt_mask=later,
-                src_key_padding_mask=source == PAD,
-                tgt_key_padding_mask=target == PAD,
-                memory_key_padding_mask=source == PAD,
-                tgt_is_causal=True,
-            )
-            logits = self.projection(x)
-        return backward(logits, label, self.optimizer)
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        x = self.body(
+            self.embed(source),
+            self.embed(target),
+            tgt_mask=~causal_mask(target.size(1), target.device)[0],  # PyTorch's masks: True = may not attend
+            src_key_padding_mask=source == PAD,
+            tgt_key_padding_mask=target == PAD,
+            memory_key_padding_mask=source == PAD,
+            tgt_is_causal=True,
+        )
+        return self.projection(x)
 
 
-def autocast_of(device: torch.device):
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def backward(logits: Tensor, label: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), label.flatten(), ignore_index=PAD, label_smoothing=SMOOTHING)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
-
-
-class Marian:
-    """Hugging Face's Marian from random weights, with fused AdamW."""
+class Marian(LibraryPeer):
+    """Hugging Face's Marian, randomly initialized."""
 
     name = "Marian"
 
-    def __init__(self, size: Size, vocabulary: int, device: torch.device):
+    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device):
         from transformers import MarianConfig, MarianMTModel
 
         config = MarianConfig(
-            vocab_size=vocabulary,
+            vocab_size=vocab_size,
             d_model=size.d_model,
             encoder_layers=size.layers,
             decoder_layers=size.layers,
@@ -270,71 +316,64 @@ class Marian:
             max_position_embeddings=512,
             attn_implementation="sdpa",
         )
-        self.model = MarianMTModel(config).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.device, self.autocast = device, autocast_of(device)
-        self.detail = "bf16" if device.type == "cuda" else "fp32"
+        super().__init__(MarianMTModel(config), device)
 
-    def step(self, batch: dict) -> Tensor:
-        self.model.train()
-        names = ("encoder_input", "decoder_input", "label")
-        source, target, label = (batch[name].to(self.device, non_blocking=True) for name in names)
-        with self.autocast():
-            logits = self.model(input_ids=source, attention_mask=source != PAD, decoder_input_ids=target).logits
-        return backward(logits, label, self.optimizer)
+    def logits(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.model(input_ids=source, attention_mask=source != PAD, decoder_input_ids=target).logits
 
-    def prepare_to_write(self) -> str:
+    def prepare_for_decoding(self) -> str:
         self.model.eval()
-        self.model.final_logits_bias[:, EOS] = NEVER
+        self.model.final_logits_bias[:, EOS] = IMPOSSIBLE
         return "fp32"
 
-    def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
-        limits = steps.repeat_interleave(beam)
+    def decode(self, source: Tensor, lengths: Tensor, beam_size: int) -> None:
+        limits = lengths.repeat_interleave(beam_size)
 
-        def end_at_limit(written: Tensor, logits: Tensor) -> Tensor:
-            ends = limits <= written.size(1)
-            if ends.any():
-                logits[ends] = NEVER
-                logits[ends, EOS] = 0
+        def end_at_limit(target: Tensor, logits: Tensor) -> Tensor:
+            at_limit = limits <= target.size(1)
+            if at_limit.any():
+                logits[at_limit] = IMPOSSIBLE
+                logits[at_limit, EOS] = 0
             return logits
 
-        written = self.model.generate(
+        target = self.model.generate(
             input_ids=source,
             attention_mask=(source != PAD).long(),
-            max_new_tokens=int(steps.max()),
-            num_beams=beam,
+            max_new_tokens=int(lengths.max()),
+            num_beams=beam_size,
             do_sample=False,
             logits_processor=[end_at_limit],
-            **({"early_stopping": True, "length_penalty": 0.6} if beam > 1 else {}),
+            **({"early_stopping": True, "length_penalty": 0.6} if beam_size > 1 else {}),
         )
-        assert written.size(1) == steps.max() + 1, written.shape
+        assert target.size(1) == lengths.max() + 1, target.shape
 
 
 class MarianInBF16(Marian):
-    """The whole of it in bf16, as a user could have it."""
+    """The whole model cast to bf16, which takes a user one line."""
 
-    name = "Marian, cast to bf16"
+    name = "Marian (cast to bf16)"
 
-    def prepare_to_write(self) -> str:
-        super().prepare_to_write()
+    def prepare_for_decoding(self) -> str:
+        super().prepare_for_decoding()
         self.model.bfloat16()
         return "bf16"
 
 
-class JoeyNMT:
-    """JoeyNMT 2.3: its model, loss and search, with fused AdamW."""
+class JoeyNMT(LibraryPeer):
+    """JoeyNMT 2.3: its model, loss and search."""
 
     name = "JoeyNMT"
 
-    def __init__(self, size: Size, vocabulary: int, device: torch.device):
+    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device):
         from joeynmt.model import build_model
         from joeynmt.vocabulary import Vocabulary
 
         unk, pad, sos, eos = SPECIAL_TOKENS
         special = {"unk_token": unk, "pad_token": pad, "bos_token": sos, "eos_token": eos, "sep_token": None}
         ids = {"unk_id": 0, "pad_id": PAD, "bos_id": SOS, "eos_id": EOS}
-        words = Vocabulary(dummy_words(vocabulary), SimpleNamespace(**special, **ids, lang_tags=[]))
-        half = {
+        words = [f"word{i}" for i in range(vocab_size - len(SPECIAL_TOKENS))]
+        vocabulary = Vocabulary(words, SimpleNamespace(**special, **ids, lang_tags=[]))
+        stack = {  # the settings of the encoder, and of the decoder
             "type": "transformer",
             "num_layers": size.layers,
             "num_heads": size.heads,
@@ -345,15 +384,15 @@ class JoeyNMT:
             "embeddings": {"embedding_dim": size.d_model, "scale": True, "dropout": DROPOUT},
         }
         initializers = {"initializer": "xavier_uniform", "embed_initializer": "xavier_uniform"}
-        self.model = build_model(
-            dict(encoder=half, decoder=half, tied_embeddings=True, tied_softmax=True, **initializers), words, words
-        ).to(device)
-        self.model.loss_function = ("crossentropy", SMOOTHING)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.device, self.autocast = device, autocast_of(device)
-        self.detail = "bf16" if device.type == "cuda" else "fp32"
+        model = build_model(
+            dict(encoder=stack, decoder=stack, tied_embeddings=True, tied_softmax=True, **initializers),
+            vocabulary,
+            vocabulary,
+        )
+        model.loss_function = ("crossentropy", SMOOTHING)
+        super().__init__(model, device)
 
-    def batch_of(self, source: Tensor, target: Tensor | None):
+    def make_batch(self, source: Tensor, target: Tensor | None):
         from joeynmt.batch import Batch
 
         lengths = (source != PAD).sum(1)
@@ -361,28 +400,20 @@ class JoeyNMT:
 
     def step(self, batch: dict) -> Tensor:
         self.model.train()
-        start = batch["decoder_input"][:, :1]
-        theirs = self.batch_of(batch["encoder_input"], torch.cat([start, batch["label"]], dim=1))
+        sos = batch["decoder_input"][:, :1]
+        batch = self.make_batch(batch["encoder_input"], torch.cat([sos, batch["label"]], dim=1))
         with self.autocast():
-            loss, *_ = self.model(return_type="loss", **vars(theirs))
-        loss = theirs.normalize(loss, "tokens")
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+            loss, *_ = self.model(return_type="loss", **vars(batch))
+        return update(self.optimizer, batch.normalize(loss, "tokens"))
 
-    def prepare_to_write(self) -> str:
+    def prepare_for_decoding(self) -> str:
         self.model.eval()
         return "fp32"
 
-    def write(self, source: Tensor, steps: Tensor, beam: int) -> None:
-        """All to the longest: its search goes on with every sentence until the last has ended."""
+    def decode(self, source: Tensor, lengths: Tensor, beam_size: int) -> None:
+        """All translations get the maximum length, because JoeyNMT searches every sentence until the last one ends."""
         from joeynmt.search import search
 
-        batch, longest = self.batch_of(source, None), int(steps.max())
-        written, _, _ = search(self.model, batch, longest, beam, 0.6, min_output_length=longest + 1)
-        assert written.shape == (len(source), longest), written.shape
-
-
-def dummy_words(vocabulary: int) -> list[str]:
-    return [f"word{i}" for i in range(vocabulary - len(SPECIAL_TOKENS))]
+        batch, longest = self.make_batch(source, None), int(lengths.max())
+        target, _, _ = search(self.model, batch, longest, beam_size, 0.6, min_output_length=longest + 1)
+        assert target.shape == (len(source), longest), target.shape

@@ -1,6 +1,9 @@
-"""What the benchmarks share: batches of real or made-up text, the machine in words, timing in turn."""
+"""Shared by the benchmarks: batches of real or synthetic text, timing, command lines, machine description, tables.
 
-import statistics
+B  batch    S  source length
+"""
+
+import argparse
 import sys
 import tempfile
 import time
@@ -13,19 +16,25 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import get_config
-from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, Batches, batch_of, get_ds
+from config import Config, get_config
+from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, Batches, BilingualDataset, batch_of, get_ds
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MEAN_LENGTH = 27  # tokens in a synthetic sentence
 
 
-class MadeUp:
-    """Pairs of random ids with lengths like those of text, which `Batches` takes for a dataset."""
+# ---------------------------------------------------------------------------- batches
 
-    def __init__(self, pairs: int, vocabulary: int, mean_length: float, seed: int = 0):
+
+class SyntheticPairs:
+    """Pairs of random token ids with lengths distributed as in text. `Batches` accepts it as a dataset."""
+
+    def __init__(self, count: int, vocab_size: int, mean_length: float = MEAN_LENGTH, seed: int = 0):
         rng = np.random.default_rng(seed)
-        self.src_lengths = np.clip(rng.lognormal(np.log(mean_length) - 0.125, 0.5, pairs), 3, 200).astype(np.int32)
-        ratio = rng.normal(1, 0.1, pairs)
+        self.src_lengths = np.clip(rng.lognormal(np.log(mean_length) - 0.125, 0.5, count), 3, 200).astype(np.int32)
+        ratio = rng.normal(1, 0.1, count)
         self.tgt_lengths = np.clip(self.src_lengths * ratio, 3, 200).astype(np.int32) + 1
-        self.vocabulary, self.rng = vocabulary, rng
+        self.vocab_size, self.rng = vocab_size, rng
 
     def __len__(self) -> int:
         return len(self.src_lengths)
@@ -35,99 +44,129 @@ class MadeUp:
 
     def __getitem__(self, positions: list[int]) -> dict:
         encoder_input, target = (self.ids(lengths[positions]) for lengths in (self.src_lengths, self.tgt_lengths))
-        return batch_of(encoder_input, target) | {"src_text": ["made up"] * len(positions)}
+        return batch_of(encoder_input, target) | {"src_text": ["synthetic"] * len(positions)}
 
     def ids(self, lengths: np.ndarray) -> Tensor:
-        """(B, longest), [SOS] words [EOS] and padding."""
-        ids = self.rng.integers(len(SPECIAL_TOKENS), self.vocabulary, (len(lengths), lengths.max()))
-        places = np.arange(lengths.max())
+        """(B, longest): [SOS], random tokens, [EOS], padding."""
+        ids = self.rng.integers(len(SPECIAL_TOKENS), self.vocab_size, (len(lengths), lengths.max()))
+        positions = np.arange(lengths.max())
         ids[:, 0] = SOS
-        ids[places == lengths[:, None] - 1] = EOS
-        ids[places >= lengths[:, None]] = PAD
+        ids[positions == lengths[:, None] - 1] = EOS
+        ids[positions >= lengths[:, None]] = PAD
         return torch.from_numpy(ids)
 
 
-def training_batches(data: str, vocabulary: int, batch_tokens: int, count: int, mean_length: float = 27) -> list[dict]:
-    """`count` shuffled batches of up to batch_tokens tokens; `data` is a prefix of aligned .en and .de, or empty."""
-    config = {"vocab_size": vocabulary, "batch_tokens": batch_tokens, "lang_src": "en", "lang_tgt": "de"}
-    if not data:
-        config = get_config("opus_books", **config)
-        pairs = MadeUp(100_000, vocabulary, mean_length)
-        return [pairs[positions] for positions in islice(Batches(pairs, config, epoch=0), count)]
+def load_datasets(**settings) -> tuple[Config, BilingualDataset, BilingualDataset]:
+    """Config, training set and validation set of English-German text files."""
     with tempfile.TemporaryDirectory() as folder:
-        config = get_config("opus_books", **config, datasource=data, run_dir=folder)
-        train, *_ = get_ds(config)
-        return [train[positions] for positions in islice(Batches(train, config, epoch=0), count)]
+        config = get_config("opus_books", **settings, lang_src="en", lang_tgt="de", run_dir=folder)
+        train, validation, *_ = get_ds(config)
+    return config, train, validation
 
 
-def sentences_to_write(
-    data: str, test: str, vocabulary: int, batch_tokens: int, count: int, device: torch.device
+def training_batches(data: str, vocab_size: int, batch_tokens: int, count: int) -> list[dict]:
+    """`count` shuffled batches of up to `batch_tokens` tokens.
+
+    `data` is the prefix of two aligned files, .en and .de; if it is empty, the sentences are synthetic.
+    """
+    settings = {"vocab_size": vocab_size, "batch_tokens": batch_tokens}
+    if data:
+        config, pairs, _ = load_datasets(**settings, datasource=data)
+    else:
+        config, pairs = get_config("opus_books", **settings), SyntheticPairs(100_000, vocab_size)
+    return [pairs[positions] for positions in islice(Batches(pairs, config, epoch=0), count)]
+
+
+def decoding_batches(
+    data: str, test: str, vocab_size: int, batch_tokens: int, count: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """`count` sentences, longest first, in batches: source ids (B, S) and tokens that the translation shall have (B,).
+    """The `count` longest sentences in batches: source ids (B, S) and the length of each reference (B,), without [EOS].
 
-    These are the sources and the lengths of the references of `test`; `data` is what the vocabulary is
-    learnt from. Both are prefixes of aligned .en and .de, or empty, and then all is made up.
+    `test` holds the sentences and references, `data` the text from which the vocabulary is built. Both are prefixes
+    of two aligned files, .en and .de; if `data` is empty, the sentences are synthetic.
     """
     if data:
-        config = {"vocab_size": vocabulary, "lang_src": "en", "lang_tgt": "de"}
-        with tempfile.TemporaryDirectory() as folder:
-            config = get_config("opus_books", **config, datasource=data, validation_source=test, run_dir=folder)
-            _, pairs, *_ = get_ds(config)
+        _, _, pairs = load_datasets(vocab_size=vocab_size, datasource=data, validation_source=test)
     else:
-        pairs = MadeUp(count, vocabulary, 27)
+        pairs = SyntheticPairs(count, vocab_size)
     lengths, tgt_lengths = pairs.lengths()
     order = np.argsort(-lengths, kind="stable")[:count].tolist()
     batches = []
     while order:
         size = max(1, batch_tokens // int(lengths[order[0]]))
-        chosen, order = order[:size], order[size:]
-        steps = torch.from_numpy(tgt_lengths[chosen] - 1).long()
-        batches.append((pairs[chosen]["encoder_input"].to(device), steps.to(device)))
+        positions, order = order[:size], order[size:]
+        references = torch.from_numpy(tgt_lengths[positions] - 1).long()
+        batches.append((pairs[positions]["encoder_input"].to(device), references.to(device)))
     return batches
 
 
-def in_turn(
-    ways: dict[str, Callable[[], None]], rounds: int, device: torch.device, keep_first: bool = False
+# ---------------------------------------------------------------------------- timing
+
+
+def time_interleaved(
+    tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device, keep_warmup: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds that each way took in each round, one after the other within a round; one more goes before them."""
-    seconds = {name: [] for name in ways}
+    """Seconds that each task takes in each round, after one warm-up round.
+
+    Each round runs every task once, so that changes in the speed of a shared machine affect all tasks alike. With
+    `keep_warmup` the first value is that of the warm-up round.
+    """
+    seconds = {name: [] for name in tasks}
     for _ in range(rounds + 1):
-        for name, work in ways.items():
-            wait(device)
-            begun = time.perf_counter()
-            work()
-            wait(device)
-            seconds[name].append(time.perf_counter() - begun)
-    return seconds if keep_first else {name: found[1:] for name, found in seconds.items()}
+        for name, task in tasks.items():
+            synchronize(device)
+            start = time.perf_counter()
+            task()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds if keep_warmup else {name: values[1:] for name, values in seconds.items()}
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype, size: int = 0, rounds: int = 7) -> float:
-    """FLOP a second of the product of two large matrices: the best that this machine does now."""
-    size = size or (8192 if device.type == "cuda" else 2048)
+def matrix_peaks(device: torch.device) -> dict[str, float]:
+    """Measured peak FLOP/s of a product of two large matrices in each precision."""
+    return {name: matrix_peak(device, dtype) for name, dtype in PRECISIONS.items()}
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> float:
+    size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = in_turn({"": lambda: a @ b}, rounds, device)[""]
+    seconds = time_interleaved({"product": lambda: a @ b}, rounds, device)["product"]
     return 2 * size**3 / min(seconds)
 
 
-def machine(device: torch.device) -> str:
+# ---------------------------------------------------------------------------- command lines and output
+
+
+def timing_parser(description: str, rounds: int = 3) -> argparse.ArgumentParser:
+    """A parser with --rounds and --device."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed after a warm-up round (default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cuda or cpu (default: CUDA if available)")
+    return parser
+
+
+def describe_machine(device: torch.device) -> str:
+    """The GPU, or the processor with its number of threads and instruction set; and the version of PyTorch."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{names[0]}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if "model name" in line)
+        name = f"{processor}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, PyTorch {torch.__version__}"
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values)
+def describe_peaks(peaks: dict[str, float]) -> str:
+    values = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {precision}" for precision, peak in peaks.items())
+    return f"peak of matrix products: {values}"
 
 
-def table(rows: list[list], header: list[str]) -> str:
-    """Markdown."""
+def markdown_table(rows: list[list], header: list[str]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)

@@ -1,4 +1,4 @@
-"""The benchmark scripts run, with those peers that are installed, and their ways do the same work."""
+"""The benchmark scripts run with the installed peers, and all implementations do the same work."""
 
 import sys
 
@@ -11,22 +11,22 @@ from model import KVCache
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import corpus_size
-import decoding_speed as decoding
+import decoding_speed
 import engines
 import gpu
 import growth
-import peers as ways
+import peers
 import precision
-import training_speed as training
-from workload import MadeUp, in_turn, sentences_to_write, training_batches
+import training_speed
+from workload import SyntheticPairs, decoding_batches, time_interleaved, training_batches
 
-pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # PyTorch speaks of its own fast path
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # from torch.nn.Transformer
 CPU = torch.device("cpu")
 SMALL = ["--sizes", "tiny", "--vocabulary", "60", "--rounds", "1"]
 
 
-def test_made_up_pairs_are_batches_like_those_of_text():
-    batches = training_batches("", vocabulary=50, batch_tokens=300, count=3)
+def test_synthetic_batches_have_the_format_of_text_batches():
+    batches = training_batches("", vocab_size=50, batch_tokens=300, count=3)
     assert len(batches) == 3
     for batch in batches:
         source, label = batch["encoder_input"], batch["label"]
@@ -37,74 +37,67 @@ def test_made_up_pairs_are_batches_like_those_of_text():
         assert torch.equal(batch["decoder_input"][:, 1:][label[:, 1:] != PAD], label[:, :-1][label[:, 1:] != PAD])
 
 
-def test_every_way_learns_a_batch():
-    pairs = MadeUp(8, vocabulary=40, mean_length=6)
+def test_every_implementation_learns_a_batch():
+    pairs = SyntheticPairs(8, vocab_size=40, mean_length=6)
     batch = pairs[list(range(8))]
-    for way in (ways.Ours, ways.PyTorch, ways.Tutorial):
+    for implementation in (peers.ThisProject, peers.PyTorch, peers.Tutorial):
         torch.manual_seed(0)
-        here = way(ways.Size(d_model=32, layers=1, heads=2, d_ff=64), 40, CPU)
-        losses = [here.step(batch).item() for _ in range(25)]
+        model = implementation(peers.ModelSize(d_model=32, layers=1, heads=2, d_ff=64), 40, CPU)
+        losses = [model.step(batch).item() for _ in range(25)]
         assert losses[-1] < losses[0] < 2 * torch.log(torch.tensor(40.0))
 
 
-def test_the_tables_name_every_way(monkeypatch, capsys):
-    monkeypatch.setattr(training, "peak_memory", lambda *_: 1e9)
-    monkeypatch.setattr(
-        sys, "argv", ["training.py", "--sizes", "tiny", "--vocabulary", "60", "--batch-tokens", "64", "--rounds", "1"]
-    )
-    training.main()
-    monkeypatch.setattr(
-        sys, "argv", ["decoding.py", "--sizes", "tiny", "--vocabulary", "60", "--sentences", "6", "--rounds", "1"]
-    )
-    decoding.main()
+def test_the_tables_list_every_implementation(monkeypatch, capsys):
+    monkeypatch.setattr(training_speed, "peak_memory", lambda *_: 1e9)
+    monkeypatch.setattr(sys, "argv", ["training_speed.py", *SMALL, "--batch-tokens", "64"])
+    training_speed.main()
+    monkeypatch.setattr(sys, "argv", ["decoding_speed.py", *SMALL, "--sentences", "6"])
+    decoding_speed.main()
     printed = capsys.readouterr().out
-    for way in (ways.Ours, ways.Tutorial):
-        assert printed.count(f"| {way.name} |") == 2 + (way is ways.Ours)
-    assert f"| {ways.PyTorch.name} |" in printed
+    for implementation in (peers.ThisProject, peers.Tutorial):
+        assert printed.count(f"| {implementation.name} |") == 2 + (implementation is peers.ThisProject)
+    assert f"| {peers.PyTorch.name} |" in printed
 
 
-def test_translations_end_where_they_are_told_to():
-    (batch,) = sentences_to_write("", "", 50, 10_000, 7, CPU)
-    source, steps = batch
-    ours = ways.Ours(ways.SIZES["tiny"], 50, CPU)
-    ours.prepare_to_write()
-    written = []
-    original = ways.greedy_decode
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ways, "greedy_decode", lambda *args: written.extend(original(*args)))
-        with torch.inference_mode():
-            ours.write(source, steps, beam=1)
-    assert [len(ids) for ids in written] == steps.tolist()
+@pytest.mark.parametrize("beam_size", [1, 5])
+def test_translations_are_as_long_as_their_references(beam_size):
+    (batch,) = decoding_batches("", "", 50, 10_000, 7, CPU)
+    source, lengths = batch
+    project = peers.ThisProject(peers.SIZES["tiny"], 50, CPU)
+    project.prepare_for_decoding()
+    with torch.inference_mode():
+        translations = project.decode(source, lengths, beam_size)
+    assert [len(ids) for ids in translations] == lengths.tolist()
 
 
-def test_growth_is_drawn(monkeypatch):
-    monkeypatch.setattr(growth, "SIZES", {"tiny": ways.Size(16, 1, 2, 32)})
+def test_growth_is_measured_and_drawn(monkeypatch):
+    monkeypatch.setattr(growth, "SIZES", {"tiny": peers.ModelSize(16, 1, 2, 32)})
     monkeypatch.setattr(growth, "VOCABULARY", 40)
     monkeypatch.setattr(growth, "CASES", {"sentence length": [("tiny", length, 64) for length in (8, 16)]})
-    found = growth.speeds(CPU, rounds=1)
-    assert len(found) == 4
-    assert growth.picture(found).to_dict()["hconcat"]
+    measured = growth.measure(CPU, rounds=1)
+    assert len(measured) == 4
+    assert growth.chart(measured).to_dict()["hconcat"]
 
 
-def test_ways_take_turns():
+def test_tasks_are_interleaved():
     calls = []
-    seconds = in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2, device=CPU)
+    seconds = time_interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2, device=CPU)
     assert calls == list("ababab")
-    assert [len(found) for found in seconds.values()] == [2, 2]
+    assert [len(values) for values in seconds.values()] == [2, 2]
 
 
-def test_engines_write_the_same(trained_run, monkeypatch, capsys):
+def test_ctranslate2_gives_identical_translations(trained_run, monkeypatch, capsys):
     monkeypatch.setattr(engines, "ROUNDS", 1)
     monkeypatch.setattr(sys, "argv", ["engines.py", "--run-dir", str(trained_run), "--sentences", "20"])
     engines.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "sentences/s" not in line]
-    same = {(row[0].strip("| "), row[1]): row[3] for row in rows if len(row) == 5 and row[1] != "---"}
-    assert len(same) == 8
+    identical = {(row[0].strip("| "), row[1]): row[3] for row in rows if len(row) == 5 and row[1] != "---"}
+    assert len(identical) == 8
     for search in ("greedy", "beam 5"):
-        assert same["this project, float32", search] == same["CTranslate2, float32", search] == "20 of 20"
+        assert identical["this project, float32", search] == identical["CTranslate2, float32", search] == "20 of 20"
 
 
-def test_both_precisions_are_trained_and_drawn(tmp_path, capsys):
+def test_learning_curves_of_both_precisions_are_drawn(tmp_path, capsys):
     for part, pairs in (("train", 60), ("val", 10), ("test_2016_flickr", 10)):
         for lang in ("en", "de"):
             lines = [f"{lang} {i % 7} {i % 5} {part}\n" for i in range(pairs)]
@@ -117,16 +110,16 @@ def test_both_precisions_are_trained_and_drawn(tmp_path, capsys):
     assert (tmp_path / "curves.svg").stat().st_size > 1000
 
 
-def test_a_corpus_is_prepared_and_its_memory_counted(tmp_path, monkeypatch, capsys):
+def test_corpus_preparation_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["corpus_size.py", "--pairs", "500", "--folder", str(tmp_path / "new")])
     corpus_size.main()
     *_, row = capsys.readouterr().out.splitlines()
-    pairs, *seconds, own, whole = (float(cell) for cell in row.strip("| ").replace(",", "").split(" | "))
+    pairs, *seconds, private, total = (float(cell) for cell in row.strip("| ").replace(",", "").split(" | "))
     assert (pairs, len(seconds)) == (500, 3)
-    assert 0.05 < own < whole
+    assert 0.05 < private < total
 
 
-def test_the_script_for_a_gpu_runs(monkeypatch, capsys):
+def test_the_gpu_script_runs(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "TRAINING", gpu.TRAINING[:2])  # compiling takes minutes
     small = "--size tiny --vocabulary 60 --batch-tokens 64 --batches 1 --rounds 1 --sentences 6 --device cpu"
     monkeypatch.setattr(sys, "argv", ["gpu.py", *small.split()])
@@ -136,14 +129,14 @@ def test_the_script_for_a_gpu_runs(monkeypatch, capsys):
     assert printed.count("| bf16 |") == 4
 
 
-def test_the_check_for_a_gpu_sees_a_wrong_gradient(monkeypatch):
-    gradients = gpu.loss_and_gradients
+def test_the_gpu_check_detects_a_wrong_gradient(monkeypatch):
+    loss_and_gradients = gpu.loss_and_gradients
     calls = []
 
-    def wrong(way, batch):
-        loss, gradient = gradients(way, batch)
-        calls.append(way)
-        return loss, gradient * (1.01 if len(calls) > 1 else 1)
+    def wrong(project, batch):
+        loss, gradients = loss_and_gradients(project, batch)
+        calls.append(project)
+        return loss, gradients * (1.01 if len(calls) > 1 else 1)
 
     monkeypatch.setattr(gpu, "loss_and_gradients", wrong)
     with pytest.raises(AssertionError, match="fp32"):
@@ -151,14 +144,14 @@ def test_the_check_for_a_gpu_sees_a_wrong_gradient(monkeypatch):
 
 
 @pytest.mark.parametrize("grows", [True, False])
-def test_the_check_for_a_gpu_sees_a_wrong_cache(monkeypatch, grows):
+def test_the_gpu_check_detects_a_wrong_cache(monkeypatch, grows):
     decoders, select = [], KVCache.select
-    make = gpu.CachedDecoder
+    make = peers.CachedDecoder
 
     def wrong(cache, rows):
         select(cache, rows.flip(0) if len(decoders) == 2 and cache.grows == grows else rows)
 
-    monkeypatch.setattr(gpu, "CachedDecoder", lambda *given: decoders.append(given) or make(*given))
+    monkeypatch.setattr(peers, "CachedDecoder", lambda *given: decoders.append(given) or make(*given))
     monkeypatch.setattr(KVCache, "select", wrong)
     with pytest.raises(AssertionError):
         gpu.check(CPU)
