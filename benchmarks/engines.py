@@ -63,7 +63,7 @@ def translate(translator: Translator, sentences: list[str], beam_size: int) -> l
     """Target tokens, by this project."""
     translations: list[list[str]] = [[] for _ in sentences]
     for positions, sources in translator.batches(sentences, BATCH_TOKENS // beam_size):
-        for i, ids in zip(positions, translator.search(sources, beam_size, alpha=0.0), strict=True):
+        for i, ids in zip(positions, translator.search(sources, beam_size, length_penalty=0.0), strict=True):
             translations[i] = [translator.tokenizer_tgt.id_to_token(token_id) for token_id in ids]
     return translations
 

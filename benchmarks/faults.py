@@ -34,11 +34,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
 import train
-from config import weights_files
 from corpora.toy import toy_pairs
 from runs import checkpoint
-from runs.checkpoint import DamagedCheckpoint, load_checkpoint, load_newest
-from training import state
+from runs import folder as run_folder
+from runs.checkpoint import DamagedCheckpoint, load_checkpoint
+from runs.folder import RunFolder
 
 # Processes are forked from a server that has already imported everything, so that each starts in 0.2 s.
 SPAWN = multiprocessing.get_context("forkserver")
@@ -114,7 +114,7 @@ def run_train(arguments: list[str], log: Path, disturb: Callable[[], None] | Non
 
 def final_state(run: Path) -> str:
     """A digest of the newest checkpoint and of the scores."""
-    state = load_checkpoint(weights_files(run)[-1])
+    state = load_checkpoint(RunFolder(run).checkpoints()[-1])
     digest = hashlib.sha256((run / "scores.jsonl").read_bytes())
 
     def add(value) -> None:
@@ -130,13 +130,13 @@ def final_state(run: Path) -> str:
         else:
             digest.update(repr(value).encode())
 
-    for name in ("model", "learner", "optimizer", "progress", "rng"):
+    for name in ("model", "ema_model", "optimizer", "progress", "rng"):
         add(state[name])
     return digest.hexdigest()
 
 
 def newest_is_readable(run: Path) -> bool:
-    files = weights_files(run)
+    files = RunFolder(run).checkpoints()
     try:
         return not files or bool(load_checkpoint(files[-1]))
     except DamagedCheckpoint:
@@ -158,10 +158,10 @@ POINTS = {
     "checksum written, not renamed": (os, "replace", "before"),
     "renamed": (os, "replace", "after"),
     "folder flushed": (checkpoint, "_flush_folder", "after"),
-    "saved, older checkpoints of the epoch not removed": (state, "save_checkpoint", "after"),
+    "saved, older checkpoints of the epoch not removed": (run_folder, "save_checkpoint", "after"),
     "saved, not validated": (train, "run_validation", "before"),
-    "validated, score not written": (train, "write_scores", "before"),
-    "score written, not pruned": (train, "prune", "before"),
+    "validated, score not written": (RunFolder, "write_scores", "before"),
+    "score written, not pruned": (RunFolder, "prune", "before"),
 }
 
 
@@ -238,7 +238,7 @@ def signalled(bench: Bench, number: int, rng: random.Random, seconds: float) -> 
         process.join()
         if process.exitcode != 0:  # 0: it finished before the signal
             break
-    is_saved = bool(weights_files(run)) and newest_is_readable(run) and has_no_temporary_files(run)
+    is_saved = bool(RunFolder(run).checkpoints()) and newest_is_readable(run) and has_no_temporary_files(run)
     good = process.exitcode == 128 + number and is_saved
     return good and bench.train("signalled") == 0 and has_expected_end(bench, run)
 
@@ -253,13 +253,13 @@ def damaged(bench: Bench, damage: Callable[[bytes], bytes]) -> bool:
         shutil.copytree(bench.folder / "whole", run)
         if bench.train("damaged", "--keep-checkpoints", "0", "--num-epochs", "4"):
             return False
-    *_, previous, newest = weights_files(run)
+    *_, previous, newest = RunFolder(run).checkpoints()
     intact = newest.read_bytes()
     corrupt = damage(intact)
     newest.write_bytes(corrupt)
     try:
         with contextlib.redirect_stderr(io.StringIO()) as warnings:
-            loaded, _ = load_newest(run)
+            loaded, _ = RunFolder(run).load_newest()
         return loaded == previous and newest.read_bytes() == corrupt and str(newest) in warnings.getvalue()
     finally:
         newest.write_bytes(intact)
@@ -275,7 +275,7 @@ def flip(rng: random.Random, content: bytes) -> bytes:
 def swapped(bench: Bench) -> bool:
     """The newest checkpoint is overwritten with the oldest one."""
     run = bench.folder / "damaged"
-    return damaged(bench, lambda _: weights_files(run)[0].read_bytes())
+    return damaged(bench, lambda _: RunFolder(run).checkpoints()[0].read_bytes())
 
 
 # ---------------------------------------------------------------------------- full disks
@@ -325,8 +325,8 @@ def disk_full(bench: Bench, share: float) -> bool:
     """With space for `share` of a checkpoint saving fails and no file is lost; with more space the run resumes."""
     run = bench.fresh("full")
     status = bench.train("full", "--num-epochs", "1")
-    before = {path: path.read_bytes() for path in weights_files(run)}
-    size = len(before[weights_files(run)[-1]])
+    before = {path: path.read_bytes() for path in RunFolder(run).checkpoints()}
+    size = len(before[RunFolder(run).checkpoints()[-1]])
     with limited_space(bench, run, int(share * size)) as disturb:
         good = fails_cleanly(bench, run, before, disturb)
     return status == 0 and good and bench.train("full") == 0 and has_expected_end(bench, run)

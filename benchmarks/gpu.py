@@ -36,7 +36,7 @@ from workload import (
 
 from compute.ops import use_bf16_products
 from model import Transformer
-from training.losses import Learner
+from training.losses import LossInputs
 
 SMALL, SMALL_VOCABULARY = ModelSize(d_model=64, layers=2, heads=4, d_ff=128), 100
 # Largest relative difference of the loss, and of all gradients together, that rounding explains.
@@ -51,7 +51,7 @@ class Compiled(ThisProject):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        for part in (self.run.model.encoder, self.run.model.decoder):
+        for part in (self.model.encoder, self.model.decoder):
             part.compile(dynamic=True)
 
 
@@ -65,14 +65,14 @@ def check(device: torch.device) -> str:
     """Differences between the device and the CPU in fp32. AssertionError if rounding does not explain them."""
     torch.manual_seed(0)
     reference = ThisProject(SMALL, SMALL_VOCABULARY, torch.device("cpu"), "fp32")
-    reference.run.model.eval()  # no dropout
+    reference.model.eval()  # no dropout
     batch = SyntheticPairs(64, SMALL_VOCABULARY, 12)[list(range(64))]
     expected = loss_and_gradients(reference, batch)
     rows = []
     for precision, tolerance in TOLERANCES.items():
         tested = ThisProject(SMALL, SMALL_VOCABULARY, device, precision)
-        tested.run.model.load_state_dict(reference.run.model.state_dict())
-        tested.run.model.eval()
+        tested.model.load_state_dict(reference.model.state_dict())
+        tested.model.eval()
         found = loss_and_gradients(tested, batch)
         differences = [((a - b).norm() / a.norm()).item() for a, b in zip(expected, found, strict=True)]
         assert max(differences) < tolerance, (precision, differences)
@@ -83,12 +83,10 @@ def check(device: torch.device) -> str:
 
 
 def loss_and_gradients(project: ThisProject, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    learner = Learner(project.run.model, 0.1)
-    with project.run.autocast():
-        loss = learner(*project.run.inputs(batch))
+    loss = project.loss_module(LossInputs.of(batch, project.state.device))
     loss.backward()
-    gradients = torch.cat([p.grad.flatten().cpu() for p in project.run.model.parameters()])
-    project.run.model.zero_grad()
+    gradients = torch.cat([p.grad.flatten().cpu() for p in project.model.parameters()])
+    project.model.zero_grad()
     return loss.detach().cpu(), gradients
 
 
@@ -97,8 +95,8 @@ def share_identical(reference: ThisProject, tested: ThisProject, source: torch.T
     """The share of sentences with identical translations. Their length limits differ, so that the batch shrinks."""
     limits, found = 3 + torch.arange(len(source)) % 18, []
     for project in (reference, tested):
-        model, device = with_larger_weights(project.run.model), project.run.device
-        if project.run.precision == "bf16":
+        model, device = with_larger_weights(project.model), project.state.device
+        if project.training_precision == "bf16":
             use_bf16_products(model)
         found.append(search_with_limits(model, source.to(device), limits.to(device), beam_size))
     return sum(a == b for a, b in zip(*found, strict=True)) / len(source)

@@ -55,7 +55,7 @@ def measure(device: torch.device, rounds: int) -> pd.DataFrame:
     for quantity, cases in CASES.items():
         for case in cases:
             name, length, tokens = case
-            parameters = sum(p.numel() for p in trained[name].run.model.parameters()) / 1e6
+            parameters = sum(p.numel() for p in trained[name].model.parameters()) / 1e6
             values = {"parameters (million)": parameters, "sentence length": length, "tokens in a batch": tokens}
             _, target = count_tokens([batches[case]])
             for task in (TRAINING, TRANSLATION):

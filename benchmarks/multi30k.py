@@ -20,10 +20,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from compute.device import get_device
 from config import InputError, run_command
 from corpora.sources import load_split
 from evaluate import format_scores, score, signature
-from translate import Translator, get_device
+from translate import Translator
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 

@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compute.ops import keep_freed_memory, use_bf16_products
+from compute.device import choose_precision, keep_freed_memory
+from compute.ops import use_bf16_products
 from config import Config
 from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, padding_mask
 from model import MultiHeadAttentionBlock, Transformer, build_transformer, causal_mask
 from search import beam_search, greedy_decode
-from train import train_step
-from training.losses import Learner
-from training.state import Progress, Run, make_optimizer
-from translate import CachedDecoder, Translator, choose_precision, get_model
+from train import StepBatches, train_step
+from training.losses import TrainingLoss
+from training.state import TrainingState
+from translate import CachedDecoder
 
 DROPOUT = SMOOTHING = 0.1
 INPUTS = ("encoder_input", "decoder_input", "label")  # the tensors of a batch that every implementation uses
@@ -74,7 +75,7 @@ class ThisProject:
     def __init__(self, size: ModelSize, vocab_size: int, device: torch.device, precision: str = "auto"):
         self.precision = precision
         keep_freed_memory()  # as train.py and translate.py do; it also applies to the peers, in the same process
-        config = Config(
+        self.config = Config(
             d_model=size.d_model,
             encoder_layers=size.layers,
             decoder_layers=size.layers,
@@ -87,38 +88,26 @@ class ThisProject:
             clip_norm=0.0,
             precision=precision,
         )
-        model = get_model(config, vocab_size, vocab_size).to(device)
-        self.run = Run(
-            config=config,
-            device=device,
-            precision=choose_precision(precision, device, model),
-            model=model,
-            learner=Learner(model, SMOOTHING),
-            train=None,
-            validation=None,
-            translator=Translator(model, config, None, None),
-            optimizer=make_optimizer(model, config, device),
-            total_steps=10**6,
-            progress=Progress(),
-        )
-        self.training_precision = self.run.precision
+        self.state = TrainingState.create(self.config, vocab_size, vocab_size, device)
+        self.model = self.state.model
+        self.training_precision = choose_precision(precision, device, self.model)
+        self.loss_module = TrainingLoss(self.model, SMOOTHING, precision=self.training_precision)
 
     def step(self, batch: dict) -> Tensor:
-        self.run.model.train()
-        loss, _, _ = train_step(self.run, [batch])
-        return loss
+        self.model.train()
+        batches = StepBatches([batch], is_dummy=False, consumed=1)
+        return train_step(self.state, self.loss_module, batches, self.config.lr, self.config).loss
 
     def prepare_for_decoding(self) -> str:
         """Returns the precision of decoding."""
-        model = self.run.model.eval()
-        forbid_eos(model)
-        precision = choose_precision(self.precision, self.run.device, model)
+        forbid_eos(self.model.eval())
+        precision = choose_precision(self.precision, self.state.device, self.model)
         if precision == "bf16":
-            use_bf16_products(model)
+            use_bf16_products(self.model)
         return precision
 
     def decode(self, source: Tensor, lengths: Tensor, beam_size: int) -> list[list[int]]:
-        return search_with_limits(self.run.model, source, lengths, beam_size)
+        return search_with_limits(self.model, source, lengths, beam_size)
 
 
 def search_with_limits(model: Transformer, source: Tensor, limits: Tensor, beam_size: int) -> list[list[int]]:

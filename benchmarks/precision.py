@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from multi30k import corpus_flags
 
-from config import parse_config, run_command
-from train import train_model
+from config import run_command
+from train import parse_config, train_model
 
 PRECISIONS = ("fp32", "bf16")
 

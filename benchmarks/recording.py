@@ -19,11 +19,13 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from workload import time_interleaved
 
+from compute.device import get_device
 from config import get_config
-from dataset import Batches, make_loader
+from dataset import Batches, get_ds, make_loader
 from model import MultiHeadAttentionBlock
-from train import train_step
-from training.state import start
+from train import StepBatches, train_step
+from training.losses import TrainingLoss
+from training.state import TrainingState
 
 ROUNDS, STEPS = 14, 10
 
@@ -37,19 +39,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = start(get_config("toy", run_dir=folder))
-        run.model.train()
-        batches = list(make_loader(run.train, islice(Batches(run.train, run.config, 0), STEPS)))
+        config = get_config("toy", run_dir=folder)
+        train, _, *tokenizers = get_ds(config)
+        vocab_sizes = [tokenizer.get_vocab_size() for tokenizer in tokenizers]
+        state = TrainingState.create(config, *vocab_sizes, get_device(config.device))
+        loss_module = TrainingLoss(state.model.train(), config.label_smoothing)
+        batches = list(make_loader(train, islice(Batches(train, config, 0), STEPS)))
 
         def train_with(attend) -> None:
             MultiHeadAttentionBlock.attend = attend
             for batch in batches:
-                train_step(run, [batch])
+                train_step(state, loss_module, StepBatches([batch], False, 1), config.lr, config)
 
         variants = {"with the seam": MultiHeadAttentionBlock.attend, "without": attend_without_seam}
         tasks = {name: functools.partial(train_with, attend) for name, attend in variants.items()}
-        seconds = time_interleaved(tasks, ROUNDS, run.device)
-        run.writer.close()
+        seconds = time_interleaved(tasks, ROUNDS, state.device)
     medians = {}
     for name, values in seconds.items():
         first, medians[name], third = (1e3 * value / STEPS for value in statistics.quantiles(values, n=4))

@@ -128,7 +128,12 @@ CASES = [
     Case("missing validation file", source("pairs.tsv", "--validation-source none.tsv"), r"no file none\.tsv"),
     Case("nameless source", source(":train"), "has no name; give one"),
     Case("empty file", source("a.tsv"), r"a\.tsv contains no pairs; give", file("a.tsv", "")),
-    Case("empty validation file", source("pairs.tsv", "--validation-source a.tsv"), "contains no pairs", file("a.tsv", "")),
+    Case(
+        "empty validation file",
+        source("pairs.tsv", "--validation-source a.tsv"),
+        "contains no pairs",
+        file("a.tsv", ""),
+    ),
     Case("empty folder", source("./empty"), "folder ./empty cannot be read", lambda f: (f / "empty").mkdir()),
     Case("unequal counts", source("a"), r"2 lines and a\.it has 1; line n", files(a_en="1\n2\n", a_it="1\n")),
     Case("not UTF-8", source("a"), r"a\.it line 2 is not UTF-8; convert", files(a_en="1\n2\n", a_it=b"1\n\xff\n")),

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 
 from dataset import EOS, PAD, SOS
-from model import KVCache
+from model import CrossAttentionCache, SelfAttentionCache
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import corpus_size
@@ -143,15 +143,15 @@ def test_the_gpu_check_detects_a_wrong_gradient(monkeypatch):
         gpu.check(CPU)
 
 
-@pytest.mark.parametrize("grows", [True, False])
-def test_the_gpu_check_detects_a_wrong_cache(monkeypatch, grows):
-    decoders, select = [], KVCache.select
+@pytest.mark.parametrize("cache_type", [SelfAttentionCache, CrossAttentionCache])
+def test_the_gpu_check_detects_a_wrong_cache(monkeypatch, cache_type):
+    decoders, select = [], cache_type.select
     make = peers.CachedDecoder
 
     def wrong(cache, rows):
-        select(cache, rows.flip(0) if len(decoders) == 2 and cache.grows == grows else rows)
+        select(cache, rows.flip(0) if len(decoders) == 2 else rows)
 
     monkeypatch.setattr(peers, "CachedDecoder", lambda *given: decoders.append(given) or make(*given))
-    monkeypatch.setattr(KVCache, "select", wrong)
+    monkeypatch.setattr(cache_type, "select", wrong)
     with pytest.raises(AssertionError):
         gpu.check(CPU)
