@@ -1,4 +1,4 @@
-"""Cost of the recording seam in training while it is off.
+"""Overhead of attention recording in training while it is off.
 
     python benchmarks/recording.py
 
@@ -30,7 +30,7 @@ from training.state import TrainingState
 ROUNDS, STEPS = 14, 10
 
 
-def attend_without_seam(self, query, key, value, mask):
+def attend_without_recording(self, query, key, value, mask):
     p = self.dropout.p if self.training else 0.0
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)
 
@@ -51,14 +51,14 @@ def main() -> None:
             for batch in batches:
                 train_step(state, loss_module, StepBatches([batch], False, 1), config.lr, config)
 
-        variants = {"with the seam": MultiHeadAttentionBlock.attend, "without": attend_without_seam}
+        variants = {"with recording code": MultiHeadAttentionBlock.attend, "without": attend_without_recording}
         tasks = {name: functools.partial(train_with, attend) for name, attend in variants.items()}
         seconds = time_interleaved(tasks, ROUNDS, state.device)
     medians = {}
     for name, values in seconds.items():
         first, medians[name], third = (1e3 * value / STEPS for value in statistics.quantiles(values, n=4))
-        print(f"{name:>15}  median {medians[name]:.1f} ms per step, quartiles {first:.1f} to {third:.1f}")
-    print(f"{'ratio':>15}  {medians['with the seam'] / medians['without']:.3f}")
+        print(f"{name:>19}  median {medians[name]:.1f} ms per step, quartiles {first:.1f} to {third:.1f}")
+    print(f"{'ratio':>19}  {medians['with recording code'] / medians['without']:.3f}")
 
 
 if __name__ == "__main__":
