@@ -72,11 +72,11 @@ class Bench:
 
     def train(self, run: str, *more: str, disturb: Callable[[], None] | None = None) -> int:
         """Runs train.py in a new process to its end; returns the exit status. `disturb` is called before it starts."""
-        process = self.begin(run, *more, disturb=disturb)
+        process = self.start(run, *more, disturb=disturb)
         process.join()
         return process.exitcode
 
-    def begin(self, run: str, *more: str, disturb: Callable[[], None] | None = None, started=None):
+    def start(self, run: str, *more: str, disturb: Callable[[], None] | None = None, started=None):
         """Starts train.py in a new process. It sets the event `started` at the first training step."""
         flags = [word for name, value in self.flags.items() for word in (f"--{name}", str(value))]
         arguments = [*flags, "--run-dir", str(self.folder / run), *more]
@@ -209,7 +209,7 @@ def kill_at_random(bench: Bench, rng: random.Random, seconds: float) -> bool:
     run = bench.fresh("killed")
     readable = True
     for _ in range(rng.choice([1, 1, 2])):
-        process = bench.begin("killed")
+        process = bench.start("killed")
         process.join(rng.uniform(0, seconds))
         process.kill()
         process.join()
@@ -224,11 +224,11 @@ def has_expected_end(bench: Bench, run: Path) -> bool:
 # ---------------------------------------------------------------------------- signals
 
 
-def signalled(bench: Bench, number: int, rng: random.Random, seconds: float) -> bool:
+def stopped_by_signal(bench: Bench, number: int, rng: random.Random, seconds: float) -> bool:
     """A signal at a random time after the first step began: the run saves, exits with 128 + number, and resumes."""
     while True:
         run, started = bench.fresh("signalled"), SPAWN.Event()
-        process = bench.begin("signalled", started=started)
+        process = bench.start("signalled", started=started)
         if not started.wait(120):
             process.kill()
             return False
@@ -246,7 +246,7 @@ def signalled(bench: Bench, number: int, rng: random.Random, seconds: float) -> 
 # ---------------------------------------------------------------------------- damaged files
 
 
-def damaged(bench: Bench, damage: Callable[[bytes], bytes]) -> bool:
+def damage_newest(bench: Bench, damage: Callable[[bytes], bytes]) -> bool:
     """Damages the newest checkpoint: it is reported and kept, and the previous checkpoint is loaded."""
     run = bench.folder / "damaged"
     if not run.exists():
@@ -272,10 +272,10 @@ def flip(rng: random.Random, content: bytes) -> bytes:
     return bytes(changed)
 
 
-def swapped(bench: Bench) -> bool:
+def replace_newest(bench: Bench) -> bool:
     """The newest checkpoint is overwritten with the oldest one."""
     run = bench.folder / "damaged"
-    return damaged(bench, lambda _: RunFolder(run).checkpoints()[0].read_bytes())
+    return damage_newest(bench, lambda _: RunFolder(run).checkpoints()[0].read_bytes())
 
 
 # ---------------------------------------------------------------------------- full disks
@@ -364,11 +364,14 @@ def plan(bench: Bench, share: float, seed: int = 0) -> list[tuple[str, list[Call
     return [
         ("SIGKILL around a save", [functools.partial(kill_at_point, bench, *point) for point in points]),
         ("SIGKILL at a random time", [functools.partial(kill_at_random, bench, rng, seconds) for _ in trials(100)]),
-        ("SIGINT or SIGTERM", [functools.partial(signalled, bench, s, rng, seconds / 2) for s in signals]),
-        ("checkpoint truncated", [lambda: damaged(bench, lambda b: b[: rng.randrange(1, len(b))]) for _ in trials(50)]),
-        ("one bit flipped", [lambda: damaged(bench, functools.partial(flip, rng)) for _ in trials(300)]),
-        ("checkpoint emptied", [lambda: damaged(bench, lambda _: b"")]),
-        ("replaced by an older one", [lambda: swapped(bench)]),
+        ("SIGINT or SIGTERM", [functools.partial(stopped_by_signal, bench, s, rng, seconds / 2) for s in signals]),
+        (
+            "checkpoint truncated",
+            [lambda: damage_newest(bench, lambda b: b[: rng.randrange(1, len(b))]) for _ in trials(50)],
+        ),
+        ("one bit flipped", [lambda: damage_newest(bench, functools.partial(flip, rng)) for _ in trials(300)]),
+        ("checkpoint emptied", [lambda: damage_newest(bench, lambda _: b"")]),
+        ("replaced by an older one", [lambda: replace_newest(bench)]),
         ("disk full", [functools.partial(disk_full, bench, fraction) for fraction in space]),
     ]
 

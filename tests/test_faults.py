@@ -1,4 +1,4 @@
-"""A part of the fault plan; benchmarks/faults.py runs the whole."""
+"""A part of the fault injection plan; benchmarks/faults.py runs all of it."""
 
 import functools
 import os
@@ -21,7 +21,7 @@ def bench(tmp_path_factory) -> faults.Bench:
     return faults.Bench.prepare(tmp_path_factory.mktemp("faults"))
 
 
-def test_an_undisturbed_run_ends_in_the_same_state_and_a_disturbed_state_is_seen(bench):
+def test_the_final_state_is_reproducible_and_depends_on_the_seed(bench):
     assert bench.train("again") == 0
     assert faults.final_state(bench.folder / "again") == bench.expected
     assert bench.train("other", "--seed", "43") == 0
@@ -29,18 +29,18 @@ def test_an_undisturbed_run_ends_in_the_same_state_and_a_disturbed_state_is_seen
 
 
 @pytest.mark.parametrize("point", faults.POINTS)
-def test_killed_around_a_save(bench, point):
+def test_a_kill_around_a_save(bench, point):
     assert faults.kill_at_point(bench, point, nth=2)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random(bench, seed):
+def test_a_kill_at_a_random_moment(bench, seed):
     assert faults.kill_at_random(bench, random.Random(seed), seconds=1.5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal(bench, number):
-    assert faults.signalled(bench, number, random.Random(0), seconds=0.5)
+def test_a_signal_saves_and_stops(bench, number):
+    assert faults.stopped_by_signal(bench, number, random.Random(0), seconds=0.5)
 
 
 def sleep_in_every_step() -> None:
@@ -49,7 +49,7 @@ def sleep_in_every_step() -> None:
 
 def test_a_second_signal_exits_at_once(bench):
     started = faults.SPAWN.Event()
-    process = bench.begin("impatient", disturb=sleep_in_every_step, started=started)
+    process = bench.start("stopped twice", disturb=sleep_in_every_step, started=started)
     assert started.wait(60)
     for _ in range(2):
         time.sleep(0.5)
@@ -60,12 +60,12 @@ def test_a_second_signal_exits_at_once(bench):
 
 def test_damaged_files(bench):
     rng = random.Random(0)
-    assert faults.damaged(bench, lambda content: content[: len(content) // 2])
-    assert faults.damaged(bench, lambda content: b"")
-    assert all(faults.damaged(bench, functools.partial(faults.flip, rng)) for _ in range(10))
-    assert faults.swapped(bench)
+    assert faults.damage_newest(bench, lambda content: content[: len(content) // 2])
+    assert faults.damage_newest(bench, lambda content: b"")
+    assert all(faults.damage_newest(bench, functools.partial(faults.flip, rng)) for _ in range(10))
+    assert faults.replace_newest(bench)
 
 
 def test_a_full_disk(bench, monkeypatch):
-    monkeypatch.setattr(faults, "mount", lambda *_: False)  # mounting is for the whole plan
+    monkeypatch.setattr(faults, "mount", lambda *_: False)  # mounts are left to the full plan
     assert faults.disk_full(bench, 0.6)
