@@ -11,6 +11,10 @@ from config import Config
 from model import Transformer, get_model
 from translate import load_state_dict
 
+# Settings of the optimizer that follow the present config and device rather than the checkpoint. `fused` must be known
+# before loading: the fused kernel keeps its step counters on the device.
+OWN_SETTINGS = ("weight_decay", "betas", "fused")
+
 
 @dataclass
 class Progress:
@@ -74,12 +78,10 @@ class TrainingState:
         load_state_dict(self.model, state["model"])
         if self.ema_model:
             load_state_dict(self.ema_model, state["ema_model"])
-        settings = [
-            {name: group[name] for name in ("weight_decay", "betas", "fused")} for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+        own = [{name: group[name] for name in OWN_SETTINGS} for group in self.optimizer.param_groups]
+        saved = state["optimizer"]
+        groups = [{**group, **settings} for group, settings in zip(saved["param_groups"], own, strict=True)]
+        self.optimizer.load_state_dict({**saved, "param_groups": groups})
         self.progress = Progress(**state["progress"])
         if len(state["rng"]) == distributed.world_size():  # otherwise dropout is drawn differently
             set_rng_state(state["rng"][distributed.rank()])
