@@ -1,4 +1,4 @@
-"""The picture of the architecture: its numbers are those of the model."""
+"""The picture of the architecture and docs/from_the_video.md: names and numbers are those of the code."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import altair as alt
 import pytest
 import torch
+from conftest import ROOT
 
 import visualize
 from config import Config, InputError, get_config
@@ -197,3 +198,35 @@ def test_bad_command_lines(tmp_path: Path, monkeypatch, arguments, words):
 def test_a_preset_cannot_translate():
     with pytest.raises(InputError, match="omit the sentence"):
         visualize.main("I sleep.", architecture="a.svg", preset="toy")
+
+
+# ---------------------------------------------------------------------------- docs/from_the_video.md
+
+
+def rows_of_the_page() -> list[list[str]]:
+    lines = (ROOT / "docs" / "from_the_video.md").read_text(encoding="utf8").splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and not line.startswith("| |")]
+
+
+def linked_texts(cell: str) -> list[str]:
+    """The texts of the pages and code that a cell links to."""
+    paths = (ROOT / "docs" / link for link in re.findall(r"\]\(([\w./]+\.(?:py|md))\)", cell))
+    return [path.read_text(encoding="utf8") for path in paths]
+
+
+def test_the_names_of_each_topic_are_defined_in_a_linked_file():
+    rows = [row for row in rows_of_the_page() if len(row) == 3 and row[0] != "tutorial"]
+    assert len(rows) >= 25
+    for _, here, _ in rows:
+        code = "\n".join(linked_texts(here))
+        for name in re.findall(r"`(\w+)`", here):
+            assert re.search(rf"^ *(class|def) {name}\b|^{name}\b.* = ", code, re.MULTILINE), name
+
+
+def test_lines_and_minutes_of_the_reading_path_are_right_within_a_tenth():
+    rows = [row for row in rows_of_the_page() if len(row) == 5]
+    assert [int(row[0]) for row in rows] == list(range(1, 12))
+    for _, stage, files, lines, minutes in rows:
+        count = sum(len(text.splitlines()) for text in linked_texts(files))
+        assert 0.9 * count <= int(lines) <= 1.1 * count, f"{stage}: {count} lines"
+        assert int(minutes) == round(int(lines) / 15), stage
