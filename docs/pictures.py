@@ -15,8 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
-from itertools import groupby, pairwise
 from pathlib import Path
 
 import altair as alt
@@ -28,172 +26,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from interpret.architecture import GRAY, LINE, RED, SANS, TEXT, Canvas, run_architecture  # noqa: E402
 from interpret.charts import grid  # noqa: E402
 from interpret.page import save_page  # noqa: E402
 from interpret.trace import AttentionTrace, record_trace  # noqa: E402
 from translate import Translator  # noqa: E402
 
 SHORT, LONG = "I can eat an apple.", "Today my friend does not want to buy two old books."
-TEXT, GRAY, LINE = "#1f2328", "#656d76", "#8c959f"
-BLUE, RED, GREEN, PURPLE = "#3b6fb6", "#d1495b", "#2e8b6f", "#8e6bb0"
-SANS, MONO = "Liberation Sans, Arial, sans-serif", "Liberation Mono, DejaVu Sans Mono, monospace"
-
-# ---------------------------------------------------------------------------- drawing in pixels
-
-
-@dataclass
-class Canvas:
-    """Rectangles, lines, arrowheads and text at pixel positions, y downward, drawn by Vega-Lite."""
-
-    width: int
-    height: int
-    rects: list[dict] = field(default_factory=list)
-    lines: list[dict] = field(default_factory=list)
-    heads: list[dict] = field(default_factory=list)
-    texts: list[dict] = field(default_factory=list)
-    cells: list[dict] = field(default_factory=list)
-
-    def rect(self, x: float, y: float, x2: float, y2: float, fill: str, stroke: str = LINE) -> None:
-        self.rects.append({"x": x, "y": y, "x2": x2, "y2": y2, "fill": fill, "stroke": stroke})
-
-    def text(self, x: float, y: float, text: str, size: int = 13, color: str = TEXT, **style) -> None:
-        """`style` may hold align ("center"), weight ("normal"), font (SANS) and angle (0, in degrees)."""
-        style = {"align": "center", "weight": "normal", "font": SANS, "angle": 0, **style}
-        self.texts.append({"x": x, "y": y, "text": text, "size": size, "color": color, **style})
-
-    def arrow(self, *points: tuple[float, float], dashed: bool = False, color: str = TEXT) -> None:
-        """A polyline through the points with a head at the last."""
-        for (x, y), (x2, y2) in pairwise(points):
-            self.lines.append({"x": x, "y": y, "x2": x2, "y2": y2, "dashed": dashed, "stroke": color})
-        (x, y), (x2, y2) = points[-2:]
-        angle = {(0, -1): 0, (1, 0): 90, (0, 1): 180, (-1, 0): 270}[sign(x2 - x), sign(y2 - y)]
-        self.heads.append({"x": x2, "y": y2, "angle": angle, "fill": color})
-
-    def chart(self) -> alt.LayerChart:
-        def layer(rows: list[dict]) -> alt.Chart:
-            x = alt.X("x:Q", scale=alt.Scale(domain=[0, self.width], nice=False), axis=None)
-            y = alt.Y("y:Q", scale=alt.Scale(domain=[self.height, 0], nice=False), axis=None)
-            return alt.Chart(pd.DataFrame(rows)).encode(x=x, y=y)
-
-        def literal(name: str) -> dict:
-            return {"field": name, "type": "nominal", "scale": None}
-
-        layers = []
-        if self.rects:
-            boxes = layer(self.rects).mark_rect(cornerRadius=5, strokeWidth=1.2)
-            layers.append(boxes.encode(x2="x2", y2="y2", fill=literal("fill"), stroke=literal("stroke")))
-        if self.cells:
-            viridis = alt.Color("weight:Q", scale=alt.Scale(domain=[0, 1], clamp=True, scheme="viridis"), legend=None)
-            layers.append(layer(self.cells).mark_rect().encode(x2="x2", y2="y2", color=viridis))
-        for dashed in (False, True):
-            if lines := [line for line in self.lines if line["dashed"] == dashed]:
-                rules = layer(lines).mark_rule(strokeWidth=1.6, strokeDash=[5, 4] if dashed else [], strokeCap="square")
-                layers.append(rules.encode(x2="x2", y2="y2", stroke=literal("stroke")))
-        if self.heads:
-            heads = layer(self.heads).mark_point(shape="triangle-up", size=70, filled=True, opacity=1)
-            layers.append(heads.encode(angle=literal("angle"), fill=literal("fill")))
-        # Font and alignment are properties of a mark, so texts that differ in them are layers of their own.
-        for (align, weight, font, angle, size), texts in groupby(sorted(self.texts, key=style_of), style_of):
-            style = {"align": align, "fontWeight": weight, "font": font, "angle": angle, "fontSize": size}
-            words = layer(list(texts)).mark_text(baseline="middle", **style)
-            layers.append(words.encode(text="text:N", color=literal("color")))
-        chart = alt.layer(*layers).properties(width=self.width, height=self.height)
-        return chart.configure(background="white", padding=8).configure_view(stroke="transparent")
-
-
-def style_of(text: dict) -> tuple:
-    return tuple(text[name] for name in ("align", "weight", "font", "angle", "size"))
-
-
-def sign(number: float) -> int:
-    return (number > 0) - (number < 0)
-
-
-# ---------------------------------------------------------------------------- architecture
-
-ATTENTION, FEED_FORWARD, NORM, EMBEDDING, OUTPUT, GROUP, MASK, DATA = (
-    "#fde3c3", "#cfe6f5", "#f5f1c4", "#f9d9dc", "#ddd9f0", "#f6f8fa", "#ffffff", "#e2f0e0"
-)  # fmt: skip
-
-
-def architecture() -> alt.LayerChart:
-    """The model as boxes, each with its class and file, and where the masks are built and used."""
-    c = Canvas(960, 754)
-    encoder, decoder = 190, 770  # centers of the two columns
-
-    def box(x: float, y: float, name: str, note: str, fill: str, width: float = 270, height: float = 46) -> None:
-        c.rect(x - width / 2, y, x + width / 2, y + height, fill)
-        c.text(x, y + height / 2 - 9, name, 14, weight="bold", font=MONO)
-        c.text(x, y + height / 2 + 10, note, 12, GRAY)
-
-    def block(x: float, y: float, y2: float, name: str) -> None:
-        c.rect(x - 160, y, x + 160, y2, GROUP)
-        c.text(x - 150, y2 - 16, name, 14, weight="bold", font=MONO, align="left")
-
-    # legend
-    c.text(30, 24, "Each sublayer f of a block is in a ResidualConnection:", 13, align="left")
-    c.text(30, 46, "x + dropout(f(LayerNorm(x)))", 13, align="left", font=MONO)
-    sizes = ("B sentences, S source length, T target length,", "D d_model, V vocabulary, N blocks")
-    for i, line in enumerate(sizes):
-        c.text(30, 80 + 18 * i, line, 12, GRAY, align="left")
-
-    # output
-    box(596, 4, "cross_entropy", "training · training/losses.py", OUTPUT, 210)
-    box(832, 4, "greedy_decode, beam_search", "translation · search.py", OUTPUT, 240)
-    box(decoder, 82, "ProjectionLayer", "logits (B, T, V) · model.py", OUTPUT)
-    box(decoder, 148, "LayerNorm", "end of Decoder · model.py", NORM)
-    c.arrow((660, 82), (660, 52))
-    c.arrow((832, 82), (832, 52))
-    c.arrow((decoder, 148), (decoder, 130))
-
-    # encoder and decoder
-    block(encoder, 308, 506, "EncoderBlock × N")
-    block(decoder, 216, 506, "DecoderBlock × N")
-    box(decoder, 230, "FeedForwardBlock", "feed_forward_block · model.py", FEED_FORWARD)
-    box(decoder, 310, "MultiHeadAttentionBlock", "cross_attention_block · model.py", ATTENTION, height=60)
-    box(decoder, 408, "MultiHeadAttentionBlock", "self_attention_block · model.py", ATTENTION, height=60)
-    box(encoder, 240, "LayerNorm", "end of Encoder · model.py", NORM)
-    box(encoder, 322, "FeedForwardBlock", "feed_forward_block · model.py", FEED_FORWARD)
-    box(encoder, 408, "MultiHeadAttentionBlock", "self_attention_block · model.py", ATTENTION, height=60)
-    c.arrow((decoder, 230), (decoder, 196))
-    c.arrow((decoder, 310), (decoder, 278))
-    c.arrow((decoder, 408), (decoder, 372))
-    c.arrow((encoder, 322), (encoder, 288))
-    c.arrow((encoder, 408), (encoder, 370))
-    c.arrow((encoder, 240), (encoder, 206), (594, 206), (594, 328), (decoder - 137, 328))
-    c.text(392, 192, "encoder output (B, S, D): keys and values", 12, GRAY)
-
-    # embeddings
-    for x, side, ids in ((encoder, "src", "encoder_input (B, S)"), (decoder, "tgt", "decoder_input (B, T)")):
-        box(x, 528, "PositionalEncoding", f"{side}_pos · model.py", EMBEDDING)
-        box(x, 592, "InputEmbeddings", f"{side}_embed · model.py", EMBEDDING)
-        c.arrow((x, 528), (x, 470))
-        c.arrow((x, 592), (x, 576))
-        c.arrow((x, 690), (x, 640))
-        c.text(x + 12, 668, ids, 12, GRAY, align="left", font=MONO)
-
-    # masks
-    c.rect(376, 334, 568, 522, MASK, RED)
-    c.text(472, 350, "masks: True = may attend", 12, RED)
-    for y, name, shape, built, file in (
-        (374, "encoder_mask", "(B, 1, 1, S)", "padding_mask", "dataset.py"),
-        (452, "decoder_mask", "(B, 1, T, T)", "padding_mask & causal_mask", "dataset.py, model.py"),
-    ):
-        c.text(472, y, name, 14, weight="bold", font=MONO)
-        c.text(472, y + 18, shape, 12, GRAY)
-        c.text(472, y + 35, built, 11, GRAY, font=MONO)
-        c.text(472, y + 51, file, 12, GRAY)
-    c.arrow((376, 392), (358, 392), (358, 438), (encoder + 137, 438), dashed=True, color=RED)
-    c.arrow((568, 392), (594, 392), (594, 352), (decoder - 137, 352), dashed=True, color=RED)
-    c.arrow((568, 466), (594, 466), (594, 438), (decoder - 137, 438), dashed=True, color=RED)
-    c.arrow((472, 690), (472, 524), dashed=True, color=RED)
-
-    # data
-    c.rect(encoder - 160, 690, decoder + 160, 742, DATA)
-    c.text(480, 707, "BilingualDataset, Batches", 14, weight="bold", font=MONO)
-    c.text(480, 727, "sentence pairs to padded batches with masks and labels · dataset.py", 12, GRAY)
-    return c.chart()
-
+BLUE, GREEN, PURPLE = "#3b6fb6", "#2e8b6f", "#8e6bb0"
 
 # ---------------------------------------------------------------------------- training
 
@@ -381,7 +221,7 @@ def main() -> None:
     arguments = parser.parse_args()
     translator = Translator.load(arguments.run_dir, device="cpu")
     to = arguments.output_dir
-    save(architecture(), to / "architecture.png")
+    save(run_architecture(arguments.run_dir), to / "architecture.png")
     save(learning_curve(arguments.run_dir, translator.tokenizer_tgt.get_vocab_size()), to / "learning_curve.png")
     save(grid(record_trace(translator, SHORT), "cross"), to / "grid.png")
     save_decoding(record_trace(translator, LONG), to / "decoding.gif")
