@@ -76,7 +76,7 @@ class SelfAttentionCache:
         self.value: Tensor | None = None
 
     def update(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Appends the keys and values that `project` computes, (B, H, T, d_k) each; returns all, (B, H, K, d_k) each."""
+        """Appends the keys and values that `project` computes, (B, H, T, d_k); returns all of them, (B, H, K, d_k)."""
         key, value = (x.permute(2, 0, 1, 3) for x in project())  # (B, H, T, d_k) -> (T, B, H, d_k)
         if self.key is None:
             shape = (self.capacity, *key.shape[1:])
