@@ -174,7 +174,7 @@ class RunFolder:
     # ------------------------------------------------------------------------ writing checkpoints
 
     def save(self, state: dict) -> Path:
-        """Writes a checkpoint and returns its path. Removes those within epochs except this one and the previous one."""
+        """Writes a checkpoint and returns its path. Removes all within epochs except this one and the one before it."""
         path = self.checkpoint(**state["progress"])
         save_checkpoint(path, state)
         within_epoch = [file for file in self.checkpoints() if not ends_epoch(file)]
