@@ -36,7 +36,7 @@ class Config:
 
     datasource: str = "Helsinki-NLP/opus_books"  # source of the training pairs
     validation_source: str = ""           # source of the validation pairs; empty: a seeded split of datasource
-    test_source: str = ""                 # source of the test pairs, used by evaluate.py only
+    test_source: str = ""                 # source of the test pairs, not used in training
     validation_fraction: float = 0.1      # fraction of datasource held out if validation_source is empty, at most 10,000 pairs
     lang_src: str = "en"                  # source language
     lang_tgt: str = "it"                  # target language

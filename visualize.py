@@ -1,4 +1,4 @@
-"""Shows the attention of every head while a sentence is translated: as text, pictures and an offline page.
+"""Attention of every head while a sentence is translated: as text, image and offline page.
 
 python visualize.py "I can eat an apple." --html apple.html --png apple.png --text
 """
@@ -33,21 +33,21 @@ def main(
     words: bool = False,
     device: str = "auto",
 ) -> None:
-    """Shows the attention of every head while a sentence is translated.
+    """Show the attention of every head while a sentence is translated.
 
     Args:
-        sentence: the sentence to translate
-        run_dir: folder of the run; empty: the run trained last
-        target: a translation to use instead of the run's own
-        html: write an interactive page that works offline
-        png: write a picture of all heads of one kind of attention
-        text: print one head as heat map, its last row as bars, and the decoding steps; implied if no file is written
-        save: write the trace to a file, which --trace-file reads
-        trace_file: show a saved trace instead of translating a sentence; needs no run
+        sentence: sentence to translate
+        run_dir: folder of the run; empty: the most recently trained run
+        target: translation to use instead of the run's own
+        html: HTML file for an interactive page that works offline
+        png: PNG file for the heat maps of all heads of one kind of attention
+        text: text output: one head as heat map, its last row as bars, the decoding steps; implied if no file is written
+        save: file for the trace, which --trace-file reads
+        trace_file: saved trace to show instead of translating a sentence; needs no run
         kind: kind of attention for --png and --text: encoder (self-attention), decoder (self-attention) or cross
-        layer: layer for --text, from 0; -1: the last one
-        head: head for --text, from 0
-        words: merge subwords into words
+        layer: layer for --text, counted from 0; -1: the last one
+        head: head for --text, counted from 0
+        words: subwords merged into words
         device: auto, cuda, mps or cpu
     """
     for path in (html, png, save):
