@@ -29,7 +29,7 @@ class LossInputs(NamedTuple):
 
     @classmethod
     def of(cls, batch: dict, device: torch.device) -> "LossInputs":
-        """The inputs for a batch. Positions are found on the host, because counting them would synchronize with a GPU."""
+        """The inputs for a batch. Positions are found on the host, because on a GPU this would need synchronization."""
         label = batch["label"].flatten()
         positions = (label != PAD).nonzero().squeeze(1)
         names = ("encoder_input", "decoder_input", "encoder_mask", "decoder_mask")
