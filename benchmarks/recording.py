@@ -1,9 +1,9 @@
-"""Cost of the recording seam in training while it is off.
+"""Measure what the code for recording and interventions costs in training, while both are off.
 
     python benchmarks/recording.py
 
-Times training steps of the toy model with the project's attention, and with a version without the code for recording
-and intervening. Both alternate in one process. Prints medians, quartiles and the ratio of the medians.
+Times training steps of the toy model with the attention of model.py and with a version without that code. Both
+alternate in one process. Prints medians, quartiles and the ratio of the medians.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from training.state import TrainingState
 ROUNDS, STEPS = 14, 10
 
 
-def attend_without_seam(self, query, key, value, mask):
+def attend_without_recording(self, query, key, value, mask):
+    """`MultiHeadAttentionBlock.attend` without the code for recording and interventions."""
     p = self.dropout.p if self.training else 0.0
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=p)
 
@@ -51,14 +52,14 @@ def main() -> None:
             for batch in batches:
                 train_step(state, loss_module, StepBatches([batch], False, 1), config.lr, config)
 
-        variants = {"with the seam": MultiHeadAttentionBlock.attend, "without": attend_without_seam}
+        variants = {"with": MultiHeadAttentionBlock.attend, "without": attend_without_recording}
         tasks = {name: functools.partial(train_with, attend) for name, attend in variants.items()}
         seconds = time_interleaved(tasks, ROUNDS, state.device)
     medians = {}
     for name, values in seconds.items():
         first, medians[name], third = (1e3 * value / STEPS for value in statistics.quantiles(values, n=4))
         print(f"{name:>15}  median {medians[name]:.1f} ms per step, quartiles {first:.1f} to {third:.1f}")
-    print(f"{'ratio':>15}  {medians['with the seam'] / medians['without']:.3f}")
+    print(f"{'ratio':>15}  {medians['with'] / medians['without']:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Makes the pictures of README.md and docs/ from a trained toy run.
+"""Draw the figures of README.md and docs/ from a trained toy run.
 
     python docs/pictures.py --run-dir weights/toy.en-it --variants weights/toy.en-de/variants.csv
 
 The CSV is written by `python experiments.py "I can eat an apple." --run-dir weights/toy.en-de --split test
---sentences 1000 --csv weights/toy.en-de/variants.csv`; without --variants the bars are left as they are.
-The screenshot of the explorer needs Chromium.
+--sentences 1000 --csv weights/toy.en-de/variants.csv`; without --variants, variants.png is not drawn again. The
+screenshot of the explorer needs Chromium.
 """
 
 import argparse
@@ -57,12 +57,12 @@ class Canvas:
         self.rects.append({"x": x, "y": y, "x2": x2, "y2": y2, "fill": fill, "stroke": stroke})
 
     def text(self, x: float, y: float, text: str, size: int = 13, color: str = TEXT, **style) -> None:
-        """`style` may hold align ("center"), weight ("normal"), font (SANS) and angle (0, in degrees)."""
+        """`style` may contain align, weight, font and angle (in degrees)."""
         style = {"align": "center", "weight": "normal", "font": SANS, "angle": 0, **style}
         self.texts.append({"x": x, "y": y, "text": text, "size": size, "color": color, **style})
 
     def arrow(self, *points: tuple[float, float], dashed: bool = False, color: str = TEXT) -> None:
-        """A polyline through the points with a head at the last."""
+        """A polyline through the points, with an arrowhead at the last one."""
         for (x, y), (x2, y2) in pairwise(points):
             self.lines.append({"x": x, "y": y, "x2": x2, "y2": y2, "dashed": dashed, "stroke": color})
         (x, y), (x2, y2) = points[-2:]
@@ -92,7 +92,7 @@ class Canvas:
         if self.heads:
             heads = layer(self.heads).mark_point(shape="triangle-up", size=70, filled=True, opacity=1)
             layers.append(heads.encode(angle=literal("angle"), fill=literal("fill")))
-        # Font and alignment are properties of a mark, so texts that differ in them are layers of their own.
+        # Font and alignment are properties of a mark, so each style needs a layer.
         for (align, weight, font, angle, size), texts in groupby(sorted(self.texts, key=style_of), style_of):
             style = {"align": align, "fontWeight": weight, "font": font, "angle": angle, "fontSize": size}
             words = layer(list(texts)).mark_text(baseline="middle", **style)
@@ -117,7 +117,7 @@ ATTENTION, FEED_FORWARD, NORM, EMBEDDING, OUTPUT, GROUP, MASK, DATA = (
 
 
 def architecture() -> alt.LayerChart:
-    """The model as boxes, each with its class and file, and where the masks are built and used."""
+    """The model as boxes with class and file names, and where the masks are built and used."""
     c = Canvas(960, 754)
     encoder, decoder = 190, 770  # centers of the two columns
 
@@ -201,7 +201,7 @@ def architecture() -> alt.LayerChart:
 def learning_curve(run_dir: Path, target_tokens: int) -> alt.HConcatChart:
     """Training loss every ten steps; validation loss, BLEU and exact match after each epoch.
 
-    The dashed line is the lowest training loss that label smoothing allows with a vocabulary of `target_tokens`.
+    The dashed line is the lower bound of the label-smoothed loss for a vocabulary of `target_tokens`.
     """
     smoothing = json.loads((run_dir / "config.json").read_text())["label_smoothing"]
     events = EventAccumulator(str(run_dir / "tensorboard"))
@@ -246,14 +246,14 @@ def learning_curve(run_dir: Path, target_tokens: int) -> alt.HConcatChart:
 
 
 def smoothed_entropy(smoothing: float, classes: int) -> float:
-    """Entropy in nats of a label-smoothed target, which no cross-entropy with it is below."""
+    """Entropy in nats of a label-smoothed target distribution: the lower bound of the cross-entropy."""
     rest = smoothing / classes
     label = 1 - smoothing + rest
     return -label * math.log(label) - (classes - 1) * rest * math.log(rest)
 
 
 def plain(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
-    """One font, light grid, no frame."""
+    """The chart with one font, a light grid and no frame."""
     axis = {"labelFont": SANS, "titleFont": SANS, "labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal"}
     colors = {"labelColor": GRAY, "titleColor": GRAY, "gridColor": "#e6e9ec", "domainColor": LINE, "tickColor": LINE}
     title = {"font": SANS, "fontSize": 14, "color": TEXT}
@@ -296,9 +296,9 @@ def variant_bars(path: Path) -> alt.HConcatChart:
 def decoding_frame(traced: AttentionTrace, step: int) -> alt.LayerChart:
     """The translation up to a step, the cross-attention so far and the most probable next tokens.
 
-    Attention is the mean over the heads of the last layer; a row per step, a column per source token.
+    Attention is averaged over the heads of the last layer: one row per step, one column per source token.
     """
-    attention = traced.weights["cross"][-1].mean(0)  # (T, S)
+    attention = traced.weights["cross"][-1].mean(0)  # (T, S): target and source tokens
     T, S = attention.shape
     size, left, top = 20, 180, 106  # side of a cell, corner of the heat map
     right, bars = left + size * S, left + size * S + 60
@@ -331,7 +331,7 @@ def decoding_frame(traced: AttentionTrace, step: int) -> alt.LayerChart:
 
 
 def save_decoding(traced: AttentionTrace, path: Path, seconds: float = 0.9) -> None:
-    """The frames as an animated GIF that rests on the last one."""
+    """Writes the frames as an animated GIF that pauses on the last one."""
     frames = [pixels(decoding_frame(traced, step)) for step in range(len(traced.next_tokens))]
     palette = frames[-1].quantize(128)
     first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
@@ -343,7 +343,7 @@ def save_decoding(traced: AttentionTrace, path: Path, seconds: float = 0.9) -> N
 
 
 def save_explorer(traced: AttentionTrace, path: Path, chromium: str) -> None:
-    """A screenshot of the page that visualize.py --html writes, without its white margin."""
+    """Writes a screenshot of the page of visualize.py --html, cropped to its content."""
     with tempfile.TemporaryDirectory() as folder:
         save_page(traced, f"{folder}/page.html")
         flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
@@ -361,12 +361,12 @@ def save_explorer(traced: AttentionTrace, path: Path, chromium: str) -> None:
 
 
 def pixels(chart: alt.TopLevelMixin) -> Image.Image:
-    """The chart at two pixels per unit, for screens of high density."""
+    """The chart at twice its resolution, for high-density screens."""
     return Image.open(io.BytesIO(vl_convert.vegalite_to_png(chart.to_dict(), scale=2))).convert("RGB")
 
 
 def save(chart: alt.TopLevelMixin, path: Path) -> None:
-    """Writes a PNG of at most 256 colors, a third of the size of one in true color."""
+    """Writes a PNG with at most 256 colors, which is a third of the size of true color."""
     pixels(chart).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
@@ -375,9 +375,9 @@ def save(chart: alt.TopLevelMixin, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, default=Path("weights/toy.en-it"), help="a trained toy run")
-    parser.add_argument("--variants", type=Path, help="the CSV of experiments.py --split test --csv")
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "docs", help="the folder to write into")
+    parser.add_argument("--run-dir", type=Path, default=Path("weights/toy.en-it"), help="folder of a trained toy run")
+    parser.add_argument("--variants", type=Path, help="CSV file written by experiments.py --split test --csv")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "docs", help="folder for the figures (default: docs)")
     arguments = parser.parse_args()
     translator = Translator.load(arguments.run_dir, device="cpu")
     to = arguments.output_dir
