@@ -1,4 +1,4 @@
-"""Every setting of a run: the `Config`, presets, checks, and how command lines are parsed."""
+"""All settings of a run (`Config`), the presets, validation of values, and command-line parsing."""
 
 import contextlib
 import dataclasses
@@ -36,53 +36,53 @@ class Config:
 
     datasource: str = "Helsinki-NLP/opus_books"  # source of the training pairs
     validation_source: str = ""           # source of the validation pairs; empty: a seeded split of datasource
-    test_source: str = ""                 # source of the test pairs, used by evaluate.py only
-    validation_fraction: float = 0.1      # fraction held out if validation_source is empty, at most 10,000 pairs
+    test_source: str = ""                 # source of the test pairs, not used in training
+    validation_fraction: float = 0.1      # fraction of datasource held out if validation_source is empty, at most 10,000 pairs
     lang_src: str = "en"                  # source language
     lang_tgt: str = "it"                  # target language
     tokenizer: Literal["bpe", "word"] = "bpe"  # bpe: subwords, no unknown words; word: whole words that occur at least twice
     vocab_size: int = 16_000              # maximum vocabulary size
     shared_vocab: bool = True             # one vocabulary for both languages
     seq_len: int = 350                    # maximum sentence length in tokens, including [SOS] and [EOS]; longer pairs are skipped
-    batch_tokens: int = 8_192             # maximum tokens per batch, padding included (sentences x longest sentence); 0: use batch_size
+    batch_tokens: int = 8_192             # maximum number of tokens per batch, padding included (sentences x longest sentence); 0: use batch_size
     batch_size: int = 8                   # sentences per batch if batch_tokens is 0
     num_workers: int = 0                  # data loader worker processes; 0: load in the training process
 
-    d_model: int = 512                    # width of the residual stream (D)
-    encoder_layers: int = 6               # encoder blocks (N)
-    decoder_layers: int = 6               # decoder blocks
-    num_heads: int = 8                    # attention heads per block (H)
-    d_ff: int = 2_048                     # inner width of the feed-forward block
-    dropout: float = 0.1                  # dropout probability of embeddings and sublayer outputs
-    attention_dropout: float = 0.1        # dropout probability of the attention weights
-    feed_forward_dropout: float = 0.1     # dropout probability inside the feed-forward block
+    d_model: int = 512                    # model dimension (D): size of the embeddings and of the residual stream
+    encoder_layers: int = 6               # number of encoder blocks (N)
+    decoder_layers: int = 6               # number of decoder blocks
+    num_heads: int = 8                    # number of attention heads per block (H)
+    d_ff: int = 2_048                     # hidden size of the feed-forward block
+    dropout: float = 0.1                  # dropout probability on embeddings and sublayer outputs
+    attention_dropout: float = 0.1        # dropout probability on the attention weights
+    feed_forward_dropout: float = 0.1     # dropout probability on the hidden layer of the feed-forward block
     share_embeddings: Literal["none", "target", "all"] = "all"  # weight tying; target: target embedding and projection; all: source embedding as well
 
-    num_epochs: int = 20                  # passes over the training pairs
-    max_steps: int = 0                    # stop after this many optimizer steps; 0: no limit
+    num_epochs: int = 20                  # number of passes over the training pairs
+    max_steps: int = 0                    # maximum number of optimizer steps; 0: no limit
     lr: float = 7e-4                      # peak learning rate
-    lr_schedule: Literal["constant", "inverse_sqrt", "cosine"] = "inverse_sqrt"  # schedule after the warmup
+    lr_schedule: Literal["constant", "inverse_sqrt", "cosine"] = "inverse_sqrt"  # learning rate schedule after the warmup
     warmup_steps: int = 4_000             # steps of linear warmup from 0 to lr
     adam_beta2: float = 0.98              # Adam's beta2
     weight_decay: float = 0.0             # weight decay (AdamW), applied to matrices only
-    label_smoothing: float = 0.1          # label smoothing
-    accumulation_steps: int = 1           # gradient accumulation: batches per optimizer step
+    label_smoothing: float = 0.1          # probability mass that label smoothing spreads over the vocabulary; 0: off
+    accumulation_steps: int = 1           # batches per optimizer step (gradient accumulation)
     clip_norm: float = 1.0                # maximum gradient norm; 0: no clipping
     rdrop_alpha: float = 0.0              # weight of R-Drop consistency regularization (Wu et al., 2021); 0: off
-    bpe_dropout: float = 0.0              # BPE-dropout (Provilkov et al., 2020): probability of skipping a merge; words are re-segmented every epoch; 0: off
+    bpe_dropout: float = 0.0              # BPE-dropout (Provilkov et al., 2020): probability of skipping a merge, drawn again in every epoch; 0: off
     ema_decay: float = 0.0                # decay of an exponential moving average (EMA) of the weights, which is evaluated and used for translation; 0: off
-    seed: int = 42                        # random seed of the split, batch order, initial weights and dropout
+    seed: int = 42                        # random seed for the split, the batch order, the initial weights and dropout
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA if available, then Apple's MPS, then CPU
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where it is faster, otherwise fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA GPUs and CPUs with native bf16, except for small models on a CPU; otherwise fp32
     preload: str = "latest"               # checkpoint to resume from: latest, none (train from scratch) or an epoch number
-    save_every_steps: int = 0             # also save every so many steps; 0: only at the end of each epoch
-    keep_checkpoints: int = 3             # latest checkpoints to keep, besides the best one; 0: all
+    save_every_steps: int = 0             # optimizer steps between checkpoints within an epoch; 0: only at the end of each epoch
+    keep_checkpoints: int = 3             # number of latest checkpoints kept besides the best one; 0: all
     best_by: Literal["loss", "bleu", "chrf", "exact"] = "loss"  # validation metric that selects the best checkpoint
-    patience: int = 0                     # early stopping: epochs without improvement; 0: off
+    patience: int = 0                     # epochs without improvement before early stopping; 0: off
     mirror_dir: str = ""                  # folder on another disk that keeps a verified copy of the run; empty: none
-    validation_sentences: int = 200       # validation sentences translated after each epoch for BLEU, chrF and error rates
-    validation_examples: int = 2          # translations printed after each epoch
+    validation_sentences: int = 200       # number of validation sentences translated after each epoch for BLEU, chrF and error rates
+    validation_examples: int = 2          # number of translations printed after each epoch
     # fmt: on
 
     def __post_init__(self):
@@ -170,10 +170,10 @@ PRESETS: dict[str, dict] = {
     },
 }
 
-# Settings of one invocation, not of the run: its folder may be moved and resumed on another machine.
+# Settings of one invocation. They are not in config.json, so that the run can be moved to another machine.
 INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers")
 
-# Settings that determine the shapes of the weights, the split or the batch order, so they are fixed when a run resumes.
+# Settings that determine the shapes of the weights, the split or the batch order: they must not change when a run resumes.
 # fmt: off
 FIXED_FIELDS = (
     "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "batch_tokens", "batch_size",
@@ -183,7 +183,7 @@ FIXED_FIELDS = (
 
 
 def get_config(preset: str = "opus_books", **overrides) -> Config:
-    """The config of a preset with overrides. Raises InputError for an unknown name or an invalid value."""
+    """The config of a preset, with overrides. Raises InputError for an unknown name or an invalid value."""
     if preset not in PRESETS:
         raise InputError(f"no preset {preset!r}{did_you_mean(preset, PRESETS)}; there are {', '.join(PRESETS)}")
     reject_unknown(overrides)
@@ -194,11 +194,13 @@ def get_config(preset: str = "opus_books", **overrides) -> Config:
 
 
 def did_you_mean(name: str, known) -> str:
+    """A suggestion such as " (did you mean d_model?)", or "" if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def reject_unknown(values: dict) -> None:
+    """Raises InputError for a name that is not a field of Config."""
     known = [field.name for field in dataclasses.fields(Config)]
     for name in values:
         if name not in known:
@@ -206,7 +208,7 @@ def reject_unknown(values: dict) -> None:
 
 
 def check_types(config: Config) -> None:
-    """Checks that each field has its declared type; an int is converted where a float is declared."""
+    """Raises InputError for a value that is not of its declared type; converts an int where a float is declared."""
     for name, kind in typing.get_type_hints(Config).items():
         value = getattr(config, name)
         if typing.get_origin(kind) is Literal:
@@ -220,7 +222,7 @@ def check_types(config: Config) -> None:
 
 
 def check_values(config: Config) -> None:
-    """Checks ranges, names that become parts of paths, and combinations of settings."""
+    """Raises InputError for values out of range, unsafe parts of paths, and settings that contradict each other."""
 
     def require(valid: bool, name: str, remedy: str) -> None:
         if not valid:
@@ -248,7 +250,7 @@ def check_values(config: Config) -> None:
     require(config.seq_len >= 3, "seq_len", "give 3 or more: [SOS], a word, [EOS]")
     require(config.datasource != "", "datasource", "name a source, or use --preset toy")
     require(config.d_model % config.num_heads == 0, "d_model", f"give a multiple of num_heads ({config.num_heads})")
-    require(config.d_model % 2 == 0, "d_model", "give an even number: position encodings are pairs of sine and cosine")
+    require(config.d_model % 2 == 0, "d_model", "give an even number: positional encodings pair sines with cosines")
     for name in ("lang_src", "lang_tgt"):
         safe = re.fullmatch(r"[A-Za-z0-9._-]+", getattr(config, name)) and set(getattr(config, name)) != {"."}
         require(bool(safe), name, "give letters, digits, '.', '_' and '-' only, such as en")
@@ -272,10 +274,13 @@ def check_values(config: Config) -> None:
 
 
 def parse(target, argv: list[str], **options):
-    """`tyro.cli` with one-line errors. `target` is a dataclass to build, or a function to call with the flags."""
+    """`tyro.cli` with one-line errors. `target` is a dataclass to build, or a function to call with the flags.
+
+    Raises InputError for bad flags.
+    """
 
     @functools.wraps(target, updated=())
-    def deferred(*args, **kwargs):  # tyro would call the target before unknown flags are reported
+    def deferred(*args, **kwargs):  # otherwise tyro would call the target before unknown flags are reported
         return functools.partial(target, *args, **kwargs)
 
     message = io.StringIO()
@@ -303,7 +308,7 @@ def _first_paragraph(box: str) -> str:
 
 
 def run_command(main) -> None:
-    """Runs main(argv) of a script; an InputError becomes one line on stderr and exit status 2."""
+    """Calls main(argv) of a script; an InputError becomes one line on stderr and exit status 2."""
     try:
         main(sys.argv[1:])
     except InputError as error:

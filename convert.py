@@ -1,9 +1,9 @@
-"""Converts weights trained with the tutorial's own code into a run of this project.
+"""Conversion of weights trained with the tutorial's code into a run of this project.
 
 python convert.py --weights tmodel_19.pt --tokenizer-src tokenizer_en.json --tokenizer-tgt tokenizer_it.json \\
     --lang-src en --lang-tgt it --run-dir weights/mine
 
-Only LayerNorm differs. For D features, the tutorial computes
+Only LayerNorm differs. For D features (D is d_model), the tutorial computes
 
     alpha * (x - mean) / (unbiased standard deviation + 1e-6) + bias
 
@@ -12,7 +12,7 @@ and PyTorch's LayerNorm
     weight * (x - mean) / sqrt(biased variance + 1e-5) + bias
 
 The unbiased standard deviation is larger than the biased one by a factor of sqrt(D / (D - 1)), so the conversion sets
-weight = alpha * sqrt((D - 1) / D). The different epsilons are not converted: they change the output by a factor of
+weight = alpha * sqrt((D - 1) / D). The difference between the epsilons remains: it changes the output by a factor of
 about 1 + 5e-6 / variance. The tutorial's alpha and bias may be single numbers; they are repeated for all D features.
 """
 
@@ -42,16 +42,16 @@ def main(
     run_dir: str,
     num_heads: int = 8,
 ) -> None:
-    """Write a run that translate.py, evaluate.py, visualize.py and the notebooks can use.
+    """Convert weights trained with the tutorial's code into a run of this project.
 
     Args:
-        weights: a checkpoint written by the tutorial's train.py
-        tokenizer_src: the tokenizer file of the source language
-        tokenizer_tgt: the tokenizer file of the target language
-        lang_src: the source language, such as en
-        lang_tgt: the target language, such as it
-        run_dir: the folder to write; it must be new or empty
-        num_heads: attention heads, 8 in the tutorial; the weights do not tell, a wrong number translates badly
+        weights: checkpoint written by the tutorial's train.py
+        tokenizer_src: tokenizer file of the source language
+        tokenizer_tgt: tokenizer file of the target language
+        lang_src: source language, such as en
+        lang_tgt: target language, such as it
+        run_dir: folder to write the run to, new or empty
+        num_heads: number of attention heads, 8 in the tutorial; not stored in the weights, so it cannot be checked
     """
     folder = RunFolder(run_dir)
     check_new_folder(folder.path)
@@ -84,6 +84,7 @@ def main(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint of the tutorial. Raises InputError if it is missing, damaged or something else."""
     if not path.is_file():
         raise InputError(f"no file {path}; give a checkpoint of the tutorial's train.py")
     try:
@@ -95,7 +96,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def architecture(state: dict[str, Tensor], path: Path) -> dict[str, int]:
-    """The settings of `Config` that follow from the weights' names and shapes."""
+    """The settings of `Config` that follow from names and shapes. Raises InputError if they do not fit."""
 
     def count_layers(part: str) -> int:
         matches = [re.match(rf"{part}\.layers\.(\d+)\.", name) for name in state]
@@ -116,7 +117,7 @@ def architecture(state: dict[str, Tensor], path: Path) -> dict[str, int]:
 
 
 def convert_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under this project's names, with LayerNorms rescaled; positional encodings are not stored here."""
+    """The weights under this project's names, with LayerNorms rescaled and without the positional encodings."""
     D = state["src_embed.embedding.weight"].size(1)
     weights = {}
     for name, weight in state.items():

@@ -1,4 +1,4 @@
-"""Sentence pairs to batches: tokenizers, token ids in Arrow files, padded batches.
+"""From sentence pairs to batches: tokenizers, token ids in Arrow files, padded batches.
 
 B  batch (sentences)    S  source length in tokens    T  target length in tokens
 """
@@ -27,9 +27,9 @@ from model import causal_mask
 from runs.checkpoint import write_atomically
 from runs.folder import RunFolder
 
-PAIRS_PER_PROCESS = 100_000  # encoding fewer pairs takes less time than starting another process
-MAX_PROCESSES = 8  # for encoding; each takes a few hundred megabytes
-MAX_TOKENIZER_PAIRS = 1_000_000  # pairs that a tokenizer is trained on; more only take longer
+PAIRS_PER_PROCESS = 100_000  # encoding fewer pairs takes less time than starting a process
+MAX_PROCESSES = 8  # for encoding; each needs a few hundred megabytes
+MAX_TOKENIZER_PAIRS = 1_000_000  # pairs that a tokenizer is trained on; more would only take longer
 
 SPECIAL_TOKENS = ["[UNK]", "[PAD]", "[SOS]", "[EOS]"]
 UNK, PAD, SOS, EOS = range(4)
@@ -38,9 +38,10 @@ UNK, PAD, SOS, EOS = range(4)
 
 
 def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -> Tokenizer:
-    """The run's tokenizer of a language: loaded from its folder, or trained on these pairs and saved there.
+    """The run's tokenizer for a language: loaded from its folder, or trained on these pairs and saved there.
 
-    In a folder without a checkpoint an existing tokenizer is ignored: it may be of another corpus.
+    In a folder without a checkpoint an existing tokenizer is ignored, because it may belong to another corpus. Raises
+    InputError if the corpus has no word that occurs twice.
     """
     folder = RunFolder.of(config)
     path = folder.tokenizer_file(lang)
@@ -69,6 +70,7 @@ def sample(pairs: datasets.Dataset, chunk: int = 1_000) -> Iterator[dict]:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
+    """Raises InputError if the file is missing or is not a tokenizer."""
     if not path.is_file():
         raise InputError(f"no file {path}; the run's folder is incomplete, copy it again")
     try:
@@ -78,16 +80,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def plain_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Makes the tokenizer treat a typed "[SOS]" as ordinary text, not as the special token."""
+    """Makes the tokenizer treat "[SOS]" in a text as ordinary characters, not as the special token."""
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def build_word_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Whole words and punctuation marks that occur at least twice; everything else is [UNK]."""
+    """A word-level tokenizer: words and punctuation marks that occur at least twice; everything else is [UNK]."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    # Joins words with spaces, then removes them before punctuation and around apostrophes.
+    # Joins words with spaces, then removes the spaces before punctuation and around apostrophes.
     tokenizer.decoder = decoders.Sequence(
         [decoders.WordPiece(prefix="##", cleanup=True), decoders.Fuse(), decoders.Replace(" ' ", "'")]
     )
@@ -97,7 +99,7 @@ def build_word_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def build_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Subwords by BPE (Sennrich et al., 2016). Unseen characters fall back to bytes, so nothing is [UNK]."""
+    """A BPE tokenizer (Sennrich et al., 2016). Unseen characters fall back to bytes, so nothing is [UNK]."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", byte_fallback=True))
     tokenizer.normalizer = normalizers.NFC()
@@ -105,7 +107,7 @@ def build_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + bytes_)
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer accepts the bytes only as special tokens, which decoding would omit.
+    # The trainer accepts the bytes only as special tokens, which decoding would skip.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in SPECIAL_TOKENS]
     return plain_text(Tokenizer.from_str(json.dumps(state)))
@@ -120,12 +122,13 @@ class BPEDropout:
         self.vocab, self.tokenizer, self.p = model["vocab"], tokenizer, p
 
     def encode(self, text: str, rng: random.Random) -> list[int]:
-        """Token ids with [SOS] and [EOS]; with p = 0 the same as the tokenizer's."""
+        """Token ids with [SOS] and [EOS]; with p = 0 the same as those of the tokenizer."""
         words = self.tokenizer.pre_tokenizer.pre_tokenize_str(self.tokenizer.normalizer.normalize_str(text))
         pieces = [piece for word, _ in words for piece in self.segment(word, rng)]
         return [SOS, *(id_ for piece in pieces for id_ in self.ids(piece)), EOS]
 
     def segment(self, word: str, rng: random.Random) -> list[str]:
+        """The subwords of a word."""
         pieces = list(word)
         while True:
             ranks = [self.rank.get(pair) for pair in pairwise(pieces)]
@@ -141,7 +144,7 @@ class BPEDropout:
         return [self.vocab[f"<0x{byte:02X}>"] for byte in piece.encode()]  # an unseen character
 
 
-# ---------------------------------------------------------------------------- ids and batches
+# ---------------------------------------------------------------------------- token ids and batches
 
 
 class BilingualDataset(torch.utils.data.Dataset):
@@ -152,8 +155,9 @@ class BilingualDataset(torch.utils.data.Dataset):
     src_text and tgt_text, lists of B strings.
 
     Pairs with a blank side or more than `seq_len` tokens are skipped and counted in `skipped_blank` and
-    `skipped_long`. With `bpe_dropout`, words are re-segmented every epoch by a generator seeded with
-    (seed, epoch, position); `lengths`, which batches are made by, are those without BPE-dropout.
+    `skipped_long`. With `bpe_dropout`, words are re-segmented every epoch, with random numbers that depend on seed,
+    epoch and position; batches are still formed by the lengths without BPE-dropout. Raises InputError if no pairs
+    remain.
     """
 
     def __init__(
@@ -195,14 +199,14 @@ class BilingualDataset(torch.utils.data.Dataset):
         return len(self.encoded)
 
     def lengths(self, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Source and target lengths of the pairs from start to stop, [SOS] and [EOS] included; each (stop - start,)."""
+        """Source and target lengths, with [SOS] and [EOS], of the pairs from start to stop; each (stop - start,)."""
         stop = len(self) if stop is None else stop
         columns = (self.encoded.data.column(side).slice(start, stop - start) for side in ("src_ids", "tgt_ids"))
         return tuple(pc.list_value_length(column).to_numpy() for column in columns)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all sentence lengths. It changes with the corpus, and with the version of the batch order."""
+        """A hash of all sentence lengths and of ORDER_VERSION: it changes with the corpus and with the batch order."""
         digest = hashlib.sha256(b"%d" % ORDER_VERSION)
         for side in (0, 1):
             for start in range(0, len(self), POOL):
@@ -216,11 +220,11 @@ class BilingualDataset(torch.utils.data.Dataset):
         return batch_of(pad(src_ids), pad(tgt_ids)) | texts
 
     def begin_epoch(self, epoch: int) -> None:
-        """Sets the epoch of BPE-dropout. Call it before the epoch's loader is created, whose workers copy it."""
+        """Sets the epoch for BPE-dropout. Call it before creating the data loader, whose workers copy the dataset."""
         self.epoch = epoch
 
     def resegment(self, positions: list[int], rows: pa.Table) -> list[pa.Array]:
-        """Source and target ids under BPE-dropout; sentences that would exceed `seq_len` keep their usual ids."""
+        """Source and target ids with BPE-dropout; sentences that would exceed `seq_len` keep their ids without it."""
         sides = []
         limits = (self.seq_len, self.seq_len + 1)
         for side, segmenter, limit in zip(("src", "tgt"), self.segmenters, limits, strict=True):
@@ -234,12 +238,12 @@ class BilingualDataset(torch.utils.data.Dataset):
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def encode_pairs(batch: dict, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer, seq_len: int, version: int) -> dict:
-    """Texts to ids with [SOS] and [EOS], without blank and too long pairs. `version` is part of the cache key."""
+    """Token ids with [SOS] and [EOS]; blank and overlong pairs are dropped. `version` is part of the cache key."""
     for tokenizer in (tokenizer_src, tokenizer_tgt):
         plain_text(tokenizer)  # this setting is lost when a tokenizer is pickled for another process
     src_ids = [[SOS, *e.ids, EOS] for e in tokenizer_src.encode_batch_fast(batch["src"])]
@@ -254,6 +258,7 @@ def encode_pairs(batch: dict, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer
 
 
 def count_blank(pairs: datasets.Dataset) -> int:
+    """The number of pairs with a blank side."""
     total = 0
     for batch in pairs.with_format("arrow").iter(batch_size=10_000):
         blank = [pc.equal(pc.utf8_trim_whitespace(batch[side]), "") for side in ("src", "tgt")]
@@ -262,7 +267,7 @@ def count_blank(pairs: datasets.Dataset) -> int:
 
 
 def pad(ids: pa.Array | pa.ChunkedArray) -> torch.Tensor:
-    """Lists of ids to one (B, longest) tensor, padded with [PAD] on the right."""
+    """B lists of ids as one tensor (B, longest), padded with [PAD] on the right."""
     lengths = pc.list_value_length(ids).to_numpy()
     padded = np.full((len(lengths), lengths.max()), PAD, dtype=np.int64)
     padded[np.arange(lengths.max()) < lengths[:, None]] = pc.list_flatten(ids).to_numpy()
@@ -270,12 +275,12 @@ def pad(ids: pa.Array | pa.ChunkedArray) -> torch.Tensor:
 
 
 def padding_mask(ids: torch.Tensor) -> torch.Tensor:
-    """True where a token is not padding."""
-    return (ids != PAD)[:, None, None, :]  # (B, S) -> (B, 1, 1, S)
+    """True where a token is not padding: (B, S) -> (B, 1, 1, S)."""
+    return (ids != PAD)[:, None, None, :]
 
 
 def batch_of(encoder_input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A training batch from padded ids, each row [SOS] … [EOS]: source (B, S) and target (B, T + 1)."""
+    """A batch from padded ids, each row [SOS] … [EOS] and padding: encoder_input (B, S) and target (B, T + 1)."""
     label = target[:, 1:]
     decoder_input = target[:, :-1].masked_fill(label == PAD, PAD)
     return {
@@ -287,20 +292,20 @@ def batch_of(encoder_input: torch.Tensor, target: torch.Tensor) -> dict[str, tor
     }
 
 
-ORDER_VERSION = 2  # increment when Batches changes its order: runs can then no longer resume within an epoch
-POOL = 1 << 17  # pairs that are sorted by length together
+ORDER_VERSION = 2  # increment when Batches changes its order: older runs can then no longer be resumed
+POOL = 1 << 17  # pairs per pool; a pool is sorted by length as a whole
 BLOCK = 1 << 10  # consecutive pairs that stay in one pool, so that the corpus is read in large pieces
-BLOCK_ORDER, TIE_ORDER, BATCH_ORDER = 1, 2, 3  # purposes of random generators, which keep their seeds apart
+BLOCK_ORDER, TIE_ORDER, BATCH_ORDER = 1, 2, 3  # each shuffle has a random generator of its own
 
 
 class Batches:
     """Positions of pairs in batches of similar lengths, each pair in exactly one; a pure function of seed and epoch.
 
-    A batch holds as many sentences as keep sentences x longest sentence within `batch_tokens` (at
-    least one), or `batch_size` sentences if that is 0. With `epoch` None the order is fixed.
+    A batch holds as many sentences as fit into `batch_tokens` (sentences x longest sentence), but at least one; or
+    `batch_size` sentences if `batch_tokens` is 0. With `epoch` None nothing is shuffled.
 
-    Memory does not grow with the corpus: blocks of consecutive pairs are shuffled and grouped into pools; one pool
-    at a time is sorted by length and divided into batches, which are shuffled. Up to POOL pairs are one pool.
+    Memory does not grow with the corpus: blocks of consecutive pairs are shuffled and grouped into pools of up to POOL
+    pairs; one pool at a time is sorted by length and divided into batches, which are then shuffled.
     """
 
     def __init__(self, dataset: "BilingualDataset", config: Config, epoch: int | None):
@@ -318,7 +323,7 @@ class Batches:
         return self.starting_at(0)
 
     def starting_at(self, first: int) -> Iterator[list[int]]:
-        """The batches from number `first` on."""
+        """The batches from index `first` on."""
         for pool, count in enumerate(self.counts):
             if first < count:
                 batches = [order.tolist() for order in self.divide(pool)]
@@ -344,9 +349,9 @@ class Batches:
             np.concatenate, zip(*(self.dataset.lengths(*ends) for ends in ranges), strict=True)
         )
         difference, lengths = src_lengths - tgt_lengths, np.maximum(src_lengths, tgt_lengths - 1)
-        # By the longer side; within one length the other side is sorted up and down in alternation, so that
-        # neighbors are similar. On Multi30k, with batches of 4,096 tokens, 3% of the positions are padding,
-        # instead of 7% when sorted by target, then source length.
+        # Sort by the longer side. Among equal lengths, the other side is ascending and descending in turn, so that
+        # neighbors are similar. On Multi30k, with batches of 4,096 tokens, 3% of the positions are padding, instead of
+        # 7% when sorted by target, then source length.
         order = np.lexsort((ties, np.where(lengths % 2, difference, -difference), lengths))
         start, longest = 0, 0
         for i, length in enumerate(lengths[order].tolist()):
@@ -360,7 +365,7 @@ class Batches:
 def make_loader(
     dataset: BilingualDataset, batches: Iterable[list[int]], num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """Yields the dataset's batch for each list of positions. Its own generator keeps the global RNG unchanged."""
+    """Loads the batch for each list of positions. A separate generator leaves the global RNG unchanged."""
     return DataLoader(
         dataset,
         sampler=batches,
@@ -372,14 +377,14 @@ def make_loader(
 
 
 def get_ds(config: Config) -> tuple[BilingualDataset, BilingualDataset, Tokenizer, Tokenizer]:
-    """Training set, validation set, source and target tokenizer of a config."""
+    """Training set, validation set, source tokenizer and target tokenizer of a config."""
     return encode_splits(config, load_split(config, "train"), load_split(config, "validation"))
 
 
 def encode_splits(
     config: Config, train_pairs: datasets.Dataset, validation_pairs: datasets.Dataset
 ) -> tuple[BilingualDataset, BilingualDataset, Tokenizer, Tokenizer]:
-    """The same from pairs that are already loaded. Tokenizers are trained on the training pairs only."""
+    """`get_ds` for pairs that are already loaded. Tokenizers are trained on the training pairs only."""
     tokenizer_src = get_or_build_tokenizer(config, train_pairs, config.lang_src)
     if config.shared_vocab:
         tokenizer_tgt = load_tokenizer(RunFolder.of(config).tokenizer_file(config.lang_tgt))

@@ -1,4 +1,4 @@
-"""Evaluation: translates a split or a file with a trained run, and scores the translations.
+"""Evaluation: translates a split or a file with a trained run and scores the translations.
 
 python evaluate.py --split test
 python evaluate.py --source test.en --reference test.it
@@ -19,13 +19,13 @@ from translate import Translator, blank_long, check_search
 
 
 def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13a") -> dict[str, float]:
-    """Corpus-level scores, all from 0 to 100 except the error rates, which have no upper limit.
+    """Corpus-level scores from 0 to 100, except the error rates, which have no upper limit.
 
     bleu and chrf are sacreBLEU's; cer and wer are the character and word error rates in percent; exact is the
-    percentage of translations that match their reference exactly.
+    percentage of translations that are identical to their reference.
     """
     return {
-        # force silences the warning about tokenized text, which is expected with the tokenizer "none".
+        # `force` silences the warning about tokenized text, which is expected with the tokenizer "none".
         "bleu": sacrebleu.corpus_bleu(
             predicted, [references], tokenize=bleu_tokenizer, force=bleu_tokenizer == "none"
         ).score,
@@ -37,7 +37,7 @@ def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13
 
 
 def signature(bleu_tokenizer: str = "13a", metric: Literal["bleu", "chrf"] = "bleu") -> str:
-    """sacreBLEU's description of how a score was computed, to be reported with it."""
+    """sacreBLEU's signature of a score: how it was computed, to be reported with it."""
     scorer = sacrebleu.BLEU(tokenize=bleu_tokenizer) if metric == "bleu" else sacrebleu.CHRF()
     scorer.corpus_score(["a"], [["a"]])
     return str(scorer.get_signature())
@@ -63,23 +63,23 @@ def main(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Translate a split or a file with a trained run, and score it.
+    """Translate a split or a file with a trained run, and score the translations.
 
-    Sentences longer than the run's seq_len count as blank translations.
+    Sentences longer than the run's seq_len are scored as blank translations.
 
     Args:
         run_dir: folder of the run; empty: the most recently trained run
-        split: the part of the run's own corpus to translate
-        source: a text file to translate instead of a split, one sentence per line
-        reference: the file with its reference translations
+        split: split of the run's corpus to translate
+        source: text file to translate instead of a split, one sentence per line
+        reference: text file with the reference translations
         beam_size: hypotheses kept at each step; 1: greedy search
-        length_penalty: 0 favors short translations, higher values longer ones
+        length_penalty: exponent of the length normalization; 0 favors short translations, higher values longer ones
         weights: best (on the validation set), latest, or an epoch number
-        average: average the weights of this many epochs, the best or the latest
-        bleu_tokenizer: sacreBLEU's tokenizer; none for text that is already tokenized
+        average: number of epochs whose weights are averaged, the best or the latest ones
+        bleu_tokenizer: tokenizer of sacreBLEU; none for text that is already tokenized
         device: auto, cuda, mps or cpu
-        precision: data type of matrix products with weights: fp32, bf16, or auto (the faster for this device and model)
-        as_json: print one JSON object
+        precision: fp32, bf16 (linear layers), or auto: bf16 if supported natively, except for small models on a CPU
+        as_json: output as one JSON object
     """
     if bool(source) != bool(reference):
         raise InputError("--source and --reference go together; give both, or neither to score the run's own split")

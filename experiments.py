@@ -1,11 +1,11 @@
-"""Measures what parts of the network do: attention is corrupted, sublayers are switched off, words are reordered.
+"""Ablation experiments: attention is corrupted, sublayers and heads are switched off, words are reordered.
 
     T  target tokens that the decoder reads    V  target vocabulary
 
     python experiments.py "I can eat an apple."
 
-The changes are the variants of interpret/interventions.py. The baseline is the unchanged model. Translations are
-greedy and computed without a KV cache, because a variant may change all positions.
+The variants are defined in interpret/interventions.py; the baseline is the unchanged model. Translations are greedy and
+computed without caches, because a variant may change all positions.
 """
 
 import sys
@@ -35,7 +35,7 @@ from translate import Translator
 
 @torch.inference_mode()
 def step_logits(translator: Translator, sentence: str, target_ids: list[int]) -> Tensor:
-    """Logits (T, V) of every step of a given translation, including the step that predicts [EOS]."""
+    """Logits (T, V) of all steps of a given translation, including the step that predicts [EOS]."""
     source = torch.tensor([translator.encode(sentence)], device=translator.device)
     decoder_input = torch.tensor([[SOS, *target_ids]], device=translator.device)
     mask = causal_mask(decoder_input.size(1), source.device)
@@ -53,8 +53,8 @@ def step_table(
 ) -> pd.DataFrame:
     """Logits and probabilities of the decoding steps: step, label, word, logit, probability, chosen.
 
-    One row per step and word. The words are the given ones; by default the tokens of the translation and the
-    `runners_up` next most probable tokens of each step. Raises InputError for a word that is not in the vocabulary.
+    One row per step and word. By default, the words are the tokens of the translation and the `runners_up` next most
+    probable tokens of each step. Raises InputError for a word that is not in the vocabulary.
     """
     ids = translator.search([translator.encode(sentence)])[0]
     logits = step_logits(translator, sentence, ids)
@@ -86,19 +86,19 @@ def compare(translator: Translator, sentence: str, variants: list[Variant] = VAR
     (baseline_ids,) = translator.search([source], use_cache=False)
     baseline_log_p = log_probability(translator, sentence, baseline_ids)
     baseline = {"variant": "baseline", "translation": decode(baseline_ids), "change": 0.0, "differs": ""}
-    lines = [{**baseline, "description": "The unchanged model."}]
+    rows = [{**baseline, "description": "The unchanged model."}]
     for variant in variants:
         with variant.apply(translator.model):
             (ids,) = translator.search([source], use_cache=False)
             change = log_probability(translator, sentence, baseline_ids) - baseline_log_p
         differs = first_difference([*map(token, baseline_ids), "[EOS]"], [*map(token, ids), "[EOS]"])
-        line = {"variant": variant.name, "translation": decode(ids), "change": change, "differs": differs}
-        lines.append({**line, "description": variant.description})
-    return pd.DataFrame(lines)
+        row = {"variant": variant.name, "translation": decode(ids), "change": change, "differs": differs}
+        rows.append({**row, "description": variant.description})
+    return pd.DataFrame(rows)
 
 
 def first_difference(tokens: list[str], others: list[str]) -> str:
-    """The first difference: its position, from 1, and both tokens, as in "3: essen → lesen"; empty if there is none."""
+    """Position (from 1) and tokens of the first difference, such as "3: essen → lesen"; empty if there is none."""
     for i, (token, other) in enumerate(zip(tokens, others, strict=False), start=1):
         if token != other:
             return f"{i}: {token} → {other}"
@@ -106,39 +106,42 @@ def first_difference(tokens: list[str], others: list[str]) -> str:
 
 
 def trace_variant(translator: Translator, sentence: str, target: str | list[int], variant: Variant) -> AttentionTrace:
-    """The trace of a given translation, read by the variant."""
+    """The trace of the variant on a given translation (teacher forcing)."""
     with variant.apply(translator.model):
         return record_trace(translator, sentence, target)
 
 
 def reordered(sentence: str, order: list[int]) -> str:
-    """The words of the sentence in another order: reordered("I can eat apples", [2, 3, 1, 0]) is "eat apples can I"."""
+    """The words of a sentence in another order: reordered("I can eat apples", [2, 3, 1, 0]) is "eat apples can I".
+
+    Raises InputError unless `order` names each word once.
+    """
     words = sentence.split()
     if sorted(order) != list(range(len(words))):
         raise InputError(f"the order {order} must name each of the {len(words)} words, 0 to {len(words) - 1}, once")
     return " ".join(words[i] for i in order)
 
 
-# ---------------------------------------------------------------------------- a split
+# ---------------------------------------------------------------------------- many sentences
 
 
 def measure(
     translator: Translator, sources: list[str], references: list[str], variants: list[Variant] = VARIANTS
 ) -> pd.DataFrame:
     """BLEU and exact match (percent) of the baseline and of every variant: variant, bleu, exact."""
-    lines = []
+    rows = []
     for variant in tqdm([None, *variants], desc="Variants", unit="variant", leave=False):
         with variant.apply(translator.model) if variant else ExitStack():
             scores = score(translator.translate(sources, use_cache=False), references)
         name = variant.name if variant else "baseline"
-        lines.append({"variant": name, "bleu": scores["bleu"], "exact": scores["exact"]})
-    return pd.DataFrame(lines)
+        rows.append({"variant": name, "bleu": scores["bleu"], "exact": scores["exact"]})
+    return pd.DataFrame(rows)
 
 
 def head_importance(translator: Translator, sources: list[str], references: list[str]) -> pd.DataFrame:
-    """The drop in BLEU and exact match (points) with each head alone switched off.
+    """Head importance: the drop in BLEU and exact match (points) when one head is switched off.
 
-    Columns kind, layer, head, bleu_drop, exact_drop.
+    One row per head: kind, layer, head, bleu_drop, exact_drop.
     """
     heads = [
         (kind, layer, head)
@@ -146,10 +149,10 @@ def head_importance(translator: Translator, sources: list[str], references: list
         for layer, block in enumerate(blocks)
         for head in range(block.h)
     ]
-    table = measure(translator, sources, references, [head_off(*place) for place in heads])
-    baseline, without = table.iloc[0], table.iloc[1:].reset_index(drop=True)
-    places = pd.DataFrame(heads, columns=["kind", "layer", "head"])
-    return places.assign(bleu_drop=baseline["bleu"] - without["bleu"], exact_drop=baseline["exact"] - without["exact"])
+    table = measure(translator, sources, references, [head_off(*head) for head in heads])
+    baseline, ablated = table.iloc[0], table.iloc[1:].reset_index(drop=True)
+    drops = {f"{name}_drop": baseline[name] - ablated[name] for name in ("bleu", "exact")}
+    return pd.DataFrame(heads, columns=["kind", "layer", "head"]).assign(**drops)
 
 
 # ---------------------------------------------------------------------------- command line
@@ -166,16 +169,16 @@ def main(
     csv: str = "",
     device: str = "auto",
 ) -> None:
-    """Compare the translation of a sentence with those of changed models: attention corrupted, parts switched off.
+    """Compare a model with variants of it on a sentence: attention corrupted, parts switched off (ablation).
 
     Args:
-        sentence: the sentence to translate
+        sentence: sentence to translate
         run_dir: folder of the run; empty: the most recently trained run
-        heads: also measure head importance: the drop in BLEU with each head switched off
-        split: also measure BLEU and exact match of every variant on this split: validation or test
-        sentences: number of sentences of the split
-        html: write the results as one page that works offline
-        csv: write the table of variants to this file, and head importance to a second one beside it
+        heads: head importance in addition: the drop in BLEU with each head switched off
+        split: split on which BLEU and exact match of every variant are measured in addition: validation or test
+        sentences: number of sentences of the split that are translated
+        html: HTML file for a report that works offline
+        csv: file for the table of variants; head importance goes to a second file beside it
         device: auto, cuda, mps or cpu
     """
     if not sentence or not sentence.strip():

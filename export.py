@@ -32,9 +32,9 @@ Quantization = Literal["float32", "int8", "int16", "float16", "bfloat16"]
 
 
 def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization: Quantization = "float32") -> None:
-    """Writes the model and its tokenizers into a folder that `ctranslate2.Translator` loads.
+    """Writes the model and its tokenizers to a folder that `ctranslate2.Translator` loads.
 
-    That translator takes and returns token strings, and adds [SOS] and [EOS] to the source itself.
+    That class takes and returns token strings, and adds [SOS] and [EOS] to the source itself.
     """
     model, config = translator.model, translator.config
     spec = TransformerSpec.from_config((config.encoder_layers, config.decoder_layers), config.num_heads, pre_norm=True)
@@ -67,7 +67,7 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A float32 copy, because CTranslate2 quantizes in place and must not change the model."""
+    """A float32 copy: CTranslate2 quantizes in place, which must not change the model."""
     return tensor.detach().float().cpu().numpy().copy()
 
 
@@ -92,9 +92,9 @@ def set_decoder_block(block, layer: DecoderBlock) -> None:
 def set_attention(
     spec: attention_spec.MultiHeadAttentionSpec, block: MultiHeadAttentionBlock, norm: nn.LayerNorm, fused: str
 ) -> None:
-    """Copies one attention block and the norm before it.
+    """Copies an attention block and the LayerNorm before it.
 
-    `fused` names the projections that CTranslate2 keeps in one matrix: qkv in self-attention, kv in cross-attention.
+    `fused` names the projections that CTranslate2 stores in one matrix: qkv in self-attention, kv in cross-attention.
     """
     set_norm(spec.layer_norm, norm)
     projections = {"q": block.w_q, "k": block.w_k, "v": block.w_v}
@@ -131,7 +131,7 @@ def set_positions(spec, positions: PositionalEncoding) -> None:
 def to_safetensors(translator: Translator, output_dir: str | Path) -> None:
     """Writes weights, config.json, tokenizers and a model card.
 
-    `Translator.load` reads the folder, or the Hub repository it was uploaded to.
+    `Translator.load` takes the folder, or the Hub repository that it was uploaded to.
     """
     folder = RunFolder(output_dir)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -142,6 +142,7 @@ def to_safetensors(translator: Translator, output_dir: str | Path) -> None:
 
 
 def copy_tokenizers(translator: Translator, folder: Path) -> None:
+    """Copies the two tokenizer files, unless the folder is that of the run."""
     for lang in (translator.config.lang_src, translator.config.lang_tgt):
         source = translator.folder.tokenizer_file(lang)
         if source.parent.resolve() != folder.resolve():
@@ -149,10 +150,11 @@ def copy_tokenizers(translator: Translator, folder: Path) -> None:
 
 
 def model_card(translator: Translator) -> str:
+    """The README.md of a Hub repository, with its metadata."""
     config = translator.config
     parameters = sum(p.numel() for p in translator.model.parameters())
     is_path = Path(config.datasource).parent.is_dir()
-    corpus = Path(config.datasource).name if is_path else config.datasource  # publish no local paths
+    corpus = Path(config.datasource).name if is_path else config.datasource  # a model card must not contain local paths
     trained = "" if config.datasource == UNKNOWN_CORPUS else f", trained on {corpus}"
     return f"""---
 language: ["{config.lang_src}", "{config.lang_tgt}"]
@@ -181,12 +183,12 @@ def main(
     """Export a trained run to another format.
 
     Args:
-        output_dir: the folder to write; it must be new or empty
+        output_dir: folder to write to, new or empty
         run_dir: folder of the run; empty: the most recently trained run
-        form: ctranslate2, a fast C++ inference engine; or safetensors, for the Hugging Face Hub
+        form: ctranslate2, a fast C++ inference engine, or safetensors, for the Hugging Face Hub
         quantization: data type of the CTranslate2 model's weights
         weights: best (on the validation set), latest, or an epoch number
-        average: average the weights of this many epochs, the best or the latest
+        average: number of epochs whose weights are averaged, the best or the latest ones
     """
     folder = Path(output_dir)
     check_new_folder(folder)

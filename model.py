@@ -5,10 +5,11 @@
     T  target length in tokens    d_k  head size, D / H
     Q  query positions            V    vocabulary size
     K  key positions              W    beam size, hypotheses per sentence
+    N  blocks of a stack
 
-Encoder self-attention has Q = K = S, decoder self-attention Q = K = T, cross-attention Q = T and K = S.
-Masks are boolean, True where a query may attend to a key. Sublayers are pre-norm (Xiong et al., 2020,
-figure 1b), so the encoder and the decoder each end with a LayerNorm.
+Encoder self-attention has Q = K = S, decoder self-attention Q = K = T, cross-attention Q = T and K = S. Modules that
+both stacks use are annotated with T. Masks are boolean, True where a query may attend to a key. Sublayers are pre-norm
+(Xiong et al., 2020, figure 1b), so the encoder and the decoder each end with a LayerNorm.
 """
 
 import math
@@ -25,12 +26,12 @@ from config import Config
 
 
 def causal_mask(size: int, device: torch.device | str | None = None) -> Tensor:
-    """(1, T, T), True on and below the diagonal: a position attends to itself and to earlier positions."""
+    """(1, size, size), True on and below the diagonal: a position may attend to itself and to earlier positions."""
     return torch.ones(1, size, size, dtype=torch.bool, device=device).tril()
 
 
 class InputEmbeddings(nn.Module):
-    """Token ids to embeddings, multiplied by sqrt(D) (section 3.4)."""
+    """Embeddings of token ids, multiplied by sqrt(D) (section 3.4)."""
 
     def __init__(self, d_model: int, vocab_size: int):
         super().__init__()
@@ -42,7 +43,7 @@ class InputEmbeddings(nn.Module):
 
 
 class PositionalEncoding(nn.Module):
-    """Adds sinusoidal position encodings (section 3.5). Raises ValueError for positions beyond `seq_len`."""
+    """Adds sinusoidal positional encodings (section 3.5). Raises ValueError for positions beyond `seq_len`."""
 
     def __init__(self, d_model: int, seq_len: int, dropout: float):
         super().__init__()
@@ -52,9 +53,10 @@ class PositionalEncoding(nn.Module):
         pe = torch.zeros(seq_len, d_model)
         pe[:, 0::2] = torch.sin(position * frequency)
         pe[:, 1::2] = torch.cos(position * frequency)
-        self.register_buffer("pe", pe, persistent=False)  # (seq_len, D), recomputed when loaded
+        self.register_buffer("pe", pe, persistent=False)  # (seq_len, D), not saved in checkpoints
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """x (B, T, D) holds the positions from `start` on; returns (B, T, D)."""
         end = start + x.size(1)
         if end > self.pe.size(0):
             raise ValueError(f"{end} tokens exceed the {self.pe.size(0)} positions of this model (seq_len)")
@@ -65,7 +67,7 @@ class SelfAttentionCache:
     """Keys and values of the target positions decoded so far, for one attention block.
 
     Each step appends to a buffer of `capacity` positions. Positions are the first dimension, so that the filled part
-    is contiguous and reordering hypotheses takes a quarter of the time.
+    is contiguous, which makes reordering hypotheses four times as fast.
     """
 
     def __init__(self, capacity: int):
@@ -74,7 +76,7 @@ class SelfAttentionCache:
         self.value: Tensor | None = None
 
     def update(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Appends the keys and values that `project` computes, each (B, H, T, d_k); returns all, (B, H, K, d_k)."""
+        """Appends the keys and values that `project` computes, (B, H, T, d_k); returns all of them, (B, H, K, d_k)."""
         key, value = (x.permute(2, 0, 1, 3) for x in project())  # (B, H, T, d_k) -> (T, B, H, d_k)
         if self.key is None:
             shape = (self.capacity, *key.shape[1:])
@@ -97,14 +99,14 @@ class SelfAttentionCache:
 
 
 class CrossAttentionCache:
-    """Keys and values of the encoder output, projected once for a whole translation."""
+    """Keys and values of the encoder output, projected once per translation."""
 
     def __init__(self):
         self.key: Tensor | None = None  # (B, H, S, d_k)
         self.value: Tensor | None = None
 
     def update(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The keys and values, each (B, H, S, d_k); `project` computes them at the first call."""
+        """The keys and values, each (B, H, S, d_k); `project` computes them in the first call."""
         if self.key is None:
             self.key, self.value = (x.contiguous() for x in project())  # read at every step
         return self.key, self.value
@@ -125,9 +127,11 @@ class LayerCache(NamedTuple):
 class MultiHeadAttentionBlock(nn.Module):
     """Scaled dot-product attention in H heads (section 3.2).
 
-    While `record` is True, the softmax scores before dropout are kept in `attention_scores` (B, H, Q, K), which is
-    None otherwise. If `intervene` is set, it is called with the scores, and its result replaces them. Without
-    either, a fused kernel that returns no scores may compute the same result.
+    "Scores" are the attention weights: the output of the softmax, before dropout. While `record` is True, they are
+    kept in `attention_scores` (B, H, Q, K), which is None otherwise. If `intervene` is set, it is called with the
+    scores, and its result replaces them. With neither, a fused kernel that returns no scores may compute the output.
+
+    Raises ValueError if d_model is not a multiple of h.
     """
 
     def __init__(self, d_model: int, h: int, dropout: float):
@@ -152,9 +156,9 @@ class MultiHeadAttentionBlock(nn.Module):
         mask: Tensor | None,
         cache: SelfAttentionCache | CrossAttentionCache | None = None,
     ) -> Tensor:
-        """q (B, Q, D) attends to k and v (B, K, D) where mask (B or 1, 1, Q or 1, K) is True: (B, Q, D).
+        """Attention of q (B, Q, D) over k and v (B, K, D): (B, Q, D). The mask is broadcast to (B, H, Q, K).
 
-        In beam search q is (B W, 1, D): the hypotheses of a sentence become W queries to its keys.
+        In beam search, q is (B W, 1, D): the W hypotheses of a sentence become W queries on its keys.
         """
         query = self.split_heads(self.w_q(q.view(len(k), -1, q.size(-1))))  # (B, Q, D) -> (B, H, Q, d_k)
 
@@ -169,7 +173,7 @@ class MultiHeadAttentionBlock(nn.Module):
         return x.unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, T, D) -> (B, H, T, d_k)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(Q K^T / sqrt(d_k)) V (equation 1): (B, H, Q, d_k)."""
+        """softmax(query key^T / sqrt(d_k)) value (equation 1): (B, H, Q, d_k)."""
         self.attention_scores = None
         dropout = self.dropout.p if self.training else 0.0
         scores_are_needed = self.record or self.intervene
@@ -184,7 +188,7 @@ class MultiHeadAttentionBlock(nn.Module):
 
     @staticmethod
     def scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(Q K^T / sqrt(d_k)) (equation 1): (B, H, Q, K), rows sum to 1."""
+        """softmax(query key^T / sqrt(d_k)): (B, H, Q, K), each row sums to 1."""
         scores = (query / math.sqrt(query.size(-1))) @ key.transpose(-2, -1)  # (B, H, Q, K)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
@@ -301,7 +305,7 @@ class Decoder(nn.Module):
 
 
 class ProjectionLayer(nn.Module):
-    """Decoder output to logits over the target vocabulary."""
+    """The linear layer from the decoder output to logits over the target vocabulary."""
 
     def __init__(self, d_model: int, vocab_size: int):
         super().__init__()
@@ -312,7 +316,7 @@ class ProjectionLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder, decoder and projection.
+    """Embeddings, encoder, decoder and projection.
 
     Training calls `forward` (teacher forcing). Translation calls `encode`, then `decode` and `project` step by step.
     """
@@ -334,7 +338,7 @@ class Transformer(nn.Module):
         self.projection_layer = projection_layer
 
     def encode(self, src: Tensor, src_mask: Tensor) -> Tensor:
-        """Source ids (B, S) and mask (B, 1, 1, S) to the encoder output (B, S, D)."""
+        """The encoder output (B, S, D) for source ids (B, S) and mask (B, 1, 1, S)."""
         return self.encoder(self.src_pos(self.src_embed(src)), src_mask)
 
     def decode(
@@ -345,34 +349,34 @@ class Transformer(nn.Module):
         tgt_mask: Tensor | None,
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """Target ids (B, T) and mask (B or 1, 1, T, T) to the decoder output (B, T, D).
+        """The decoder output (B, T, D) for target ids (B, T) and a mask that broadcasts to (B, 1, T, T).
 
-        With `caches` (from `new_caches`), `tgt` holds only the new tokens; a single one needs no mask. In beam
-        search it holds the last token of W hypotheses per sentence, (B W, 1), adjacent in the batch.
+        With `caches` (from `new_caches`), `tgt` holds only the new tokens; a single token needs no mask. In beam search
+        it holds the last token of every hypothesis, (B W, 1), with the W hypotheses of a sentence in adjacent rows.
         """
         start = caches[0].self_attention.length if caches else 0
         x = self.tgt_pos(self.tgt_embed(tgt), start)
         return self.decoder(x, encoder_output, src_mask, tgt_mask, caches)
 
     def project(self, x: Tensor) -> Tensor:
-        """Decoder output (B, T, D) to logits (B, T, V)."""
+        """Logits (B, T, V) of the decoder output (B, T, D)."""
         return self.projection_layer(x)
 
     def hidden(
         self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
     ) -> Tensor:
-        """Teacher forcing up to the projection: the decoder output (B, T, D)."""
+        """The decoder output (B, T, D) with teacher forcing: `forward` without the projection."""
         encoder_output = self.encode(encoder_input, encoder_mask)
         return self.decode(encoder_output, encoder_mask, decoder_input, decoder_mask)
 
     def forward(
         self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
     ) -> Tensor:
-        """Teacher forcing: logits (B, T, V) for the token that follows each position of decoder_input."""
+        """Logits (B, T, V) with teacher forcing: each position predicts the token that follows it."""
         return self.project(self.hidden(encoder_input, decoder_input, encoder_mask, decoder_mask))
 
     def new_caches(self, capacity: int) -> list[LayerCache]:
-        """Empty caches for each decoder block, for up to `capacity` target tokens."""
+        """An empty cache for each decoder block, for up to `capacity` target tokens."""
         return [LayerCache(SelfAttentionCache(capacity), CrossAttentionCache()) for _ in self.decoder.layers]
 
     def attention_blocks(self) -> dict[str, list[MultiHeadAttentionBlock]]:
@@ -411,16 +415,17 @@ def build_transformer(
     attention_dropout: float | None = None,
     feed_forward_dropout: float | None = None,
 ) -> Transformer:
-    """A Transformer whose matrices are initialized Xavier-uniform (Glorot and Bengio, 2010).
+    """A Transformer with Xavier-uniform initialization of all matrices (Glorot and Bengio, 2010).
 
-    The encoder has N blocks, the decoder `decoder_N` (default N). `dropout` applies to embeddings and sublayer
-    outputs; inside attention and feed-forward blocks it is the same unless given. `share_embeddings` (section 3.4):
-    "target" ties the target embedding and the projection, "all" the source embedding as well, which requires
-    one vocabulary for both languages (ValueError if the sizes differ).
+    The encoder has N blocks, the decoder `decoder_N` (default: N). `dropout` applies to embeddings and sublayer
+    outputs, and inside attention and feed-forward blocks unless these have their own. `share_embeddings` (section 3.4):
+    "target" ties the target embedding and the projection, "all" also the source embedding, which requires one
+    vocabulary for both languages. Raises ValueError if the sizes of the vocabularies differ.
     """
-    inside = [dropout if p is None else p for p in (attention_dropout, feed_forward_dropout)]
-    encoder = Encoder([EncoderBlock(d_model, h, d_ff, dropout, *inside) for _ in range(N)], d_model)
-    decoder = Decoder([DecoderBlock(d_model, h, d_ff, dropout, *inside) for _ in range(decoder_N or N)], d_model)
+    inner_dropouts = [dropout if p is None else p for p in (attention_dropout, feed_forward_dropout)]
+    encoder = Encoder([EncoderBlock(d_model, h, d_ff, dropout, *inner_dropouts) for _ in range(N)], d_model)
+    decoder_blocks = [DecoderBlock(d_model, h, d_ff, dropout, *inner_dropouts) for _ in range(decoder_N or N)]
+    decoder = Decoder(decoder_blocks, d_model)
     transformer = Transformer(
         encoder,
         decoder,
@@ -445,7 +450,7 @@ def build_transformer(
 
 
 def get_model(config: Config, src_vocab_size: int, tgt_vocab_size: int) -> Transformer:
-    """The model that a config describes, with new weights."""
+    """The model that a config describes, with randomly initialized weights."""
     return build_transformer(
         src_vocab_size,
         tgt_vocab_size,

@@ -1,7 +1,7 @@
-"""Greedy and beam search, batched. They see token ids and logits, never a model.
+"""Batched greedy and beam search over token ids and logits, independent of the model.
 
 B  sentences still being searched    V  target vocabulary
-W  beam size                         T  longest translation allowed
+W  beam size                         T  maximum length of all translations
 """
 
 import math
@@ -14,16 +14,16 @@ from torch import Tensor
 from compute.ops import fast_top
 from dataset import EOS, SOS
 
-CHECK_EVERY = 4  # steps between checks for finished sentences: each check makes a GPU wait
-# Share of the batch that must be done before it shrinks: a CPU prepares bf16 products for each new batch size.
+CHECK_EVERY = 4  # steps between checks for finished sentences: each check synchronizes with a GPU
+# Fraction of the batch that must be done before it shrinks: a CPU sets up bf16 kernels for each new batch size.
 DROP_FRACTION = 1 / 8
 
 
 class StepDecoder(Protocol):
-    """A model as a search sees it. The W hypotheses of a sentence are adjacent rows; in greedy search W is 1."""
+    """What a search needs of a model. The W hypotheses of a sentence are adjacent rows; in greedy search W is 1."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """The last token of every hypothesis (B W,) to the logits of the next one (B W, V)."""
+        """Logits of the next token (B W, V), given the last token of every hypothesis (B W,)."""
 
     def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
         """Keeps these rows of the B W hypotheses, and these of the B sentences (None: all), in this order."""
@@ -33,10 +33,10 @@ class StepDecoder(Protocol):
 
 
 def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
-    """The most probable token at each step, until [EOS] or the length limit (B,); ids without [SOS] and [EOS]."""
+    """Ids of the most probable token at each step until [EOS] or the length limit (B,), without [SOS] and [EOS]."""
     device, T = max_lengths.device, int(max_lengths.max())
     tokens = torch.full((len(max_lengths), T), EOS, device=device)
-    active = torch.arange(len(max_lengths), device=device)  # (B,), rows of `tokens`
+    active = torch.arange(len(max_lengths), device=device)  # (B,), rows of `tokens` still being decoded
     ids = torch.full_like(active, SOS)  # (B,)
     is_done = torch.zeros_like(active, dtype=torch.bool)  # (B,)
     for t in range(T):
@@ -52,12 +52,13 @@ def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
 
 
 def remaining_rows(is_done: Tensor) -> Tensor | None:
-    """The rows that are not done, or None if too few are done for the batch to shrink."""
+    """Indices of the rows that are not done; None if too few are done to shrink the batch."""
     rows = (~is_done).nonzero().squeeze(1)
     return rows if len(rows) <= (1 - DROP_FRACTION) * len(is_done) else None
 
 
 def until_eos(ids: list[int]) -> list[int]:
+    """The ids before the first [EOS]."""
     return ids[: ids.index(EOS)] if EOS in ids else ids
 
 
@@ -66,20 +67,20 @@ def until_eos(ids: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A translation that beam search found."""
+    """One translation found by beam search."""
 
     ids: list[int]  # without [SOS] and [EOS]
-    log_probability: float  # ln p(ids, [EOS] | source); without [EOS] if the length limit cut it off
-    score: float  # log_probability divided by `length_normalizer`, to compare hypotheses of different lengths
+    log_probability: float  # ln p(ids, [EOS] | source), in nats; without [EOS] if the length limit was reached
+    score: float  # log_probability divided by `length_normalizer`
 
 
 def length_normalizer(length: Tensor | int, length_penalty: float) -> Tensor | float:
-    """((5 + length) / 6) ^ length_penalty, [EOS] counted (Wu et al., 2016, equation 14)."""
+    """((5 + length) / 6) ^ length_penalty; length includes [EOS] (Wu et al., 2016, equation 14)."""
     return ((5 + length) / 6) ** length_penalty
 
 
 class Finished(NamedTuple):
-    """The W best finished hypotheses of each sentence, best first; unused places have a score of -inf."""
+    """The W best finished hypotheses of each sentence, best first; empty slots have a score of -inf."""
 
     score: Tensor  # (B, W)
     log_p: Tensor  # (B, W)
@@ -87,27 +88,27 @@ class Finished(NamedTuple):
 
     def merged(self, other: "Finished") -> "Finished":
         """The W best of both."""
-        score, places = torch.cat([self.score, other.score], 1).topk(self.score.size(1))  # (B, 2 W) -> (B, W)
-        log_p = torch.cat([self.log_p, other.log_p], 1).gather(1, places)
-        return Finished(score, log_p, gather_tokens(torch.cat([self.tokens, other.tokens], 1), places))
+        score, best = torch.cat([self.score, other.score], 1).topk(self.score.size(1))  # (B, 2 W) -> (B, W)
+        log_p = torch.cat([self.log_p, other.log_p], 1).gather(1, best)
+        return Finished(score, log_p, gather_tokens(torch.cat([self.tokens, other.tokens], 1), best))
 
     def hypotheses(self, sentence: int, n_best: int) -> list[Hypothesis]:
         columns = (x[sentence, :n_best].tolist() for x in (self.tokens, self.log_p, self.score))
-        found = zip(*columns, strict=True)
-        return [Hypothesis(until_eos(ids), log_p, score) for ids, log_p, score in found if score > -math.inf]
+        rows = zip(*columns, strict=True)
+        return [Hypothesis(until_eos(ids), log_p, score) for ids, log_p, score in rows if score > -math.inf]
 
 
 @dataclass
 class BeamState:
-    """What beam search carries from step to step."""
+    """The state of beam search between two steps."""
 
-    sentence: Tensor  # (B,) position in the batch that was given
+    sentence: Tensor  # (B,) index in the original batch
     limit: Tensor  # (B,) maximum length
     ids: Tensor  # (B, W) last token of each unfinished hypothesis
-    tokens: Tensor  # (B, W, T) its tokens so far
-    log_p: Tensor  # (B, W) its log-probability
+    tokens: Tensor  # (B, W, T) the tokens of each so far
+    log_p: Tensor  # (B, W) the log-probability of each
     finished: Finished
-    is_done: Tensor  # (B,) no unfinished hypothesis can enter the n best any more
+    is_done: Tensor  # (B,) whether no unfinished hypothesis can still enter the n best
 
     @classmethod
     def start(cls, max_lengths: Tensor, beam_size: int) -> "BeamState":
@@ -115,7 +116,7 @@ class BeamState:
         log_p = torch.full((B, W), -math.inf, device=device)
         tokens = torch.full((B, W, T), EOS, device=device)
         finished = Finished(log_p.clone(), log_p.clone(), tokens.clone())
-        log_p[:, 0] = 0  # all hypotheses are [SOS] at first: only one of them counts
+        log_p[:, 0] = 0  # all hypotheses start as [SOS], so only one of them may be extended
         return cls(
             sentence=torch.arange(B, device=device),
             limit=max_lengths,
@@ -127,7 +128,7 @@ class BeamState:
         )
 
     def select(self, rows: Tensor) -> "BeamState":
-        """The state of these sentences only."""
+        """The state of these sentences."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "finished"}
         finished = Finished(*(x[rows] for x in self.finished))
         return BeamState(finished=finished, **{name: x[rows] for name, x in values.items()})
@@ -140,35 +141,35 @@ def beam_search(
 
     Each step extends the W hypotheses of a sentence. Of the W most probable extensions, those that end with [EOS] or
     reach the limit are finished; the W most probable without [EOS] continue. A sentence is done when no unfinished
-    hypothesis can enter its n best: a log-probability only falls as a hypothesis grows, so its score is bounded by the
-    present one with the normalizer of the longest translation. With W = 1 the search stops at the first [EOS],
-    as greedy search does.
+    hypothesis can enter its n best: log-probabilities only fall as a hypothesis grows, so its score cannot exceed its
+    current log-probability divided by the normalizer of the maximum length. With W = 1 the search stops at the first
+    [EOS], as greedy search does.
     """
     W, T = beam_size, int(max_lengths.max())
     results: list[list[Hypothesis]] = [[] for _ in max_lengths]
     state = BeamState.start(max_lengths, W)
     for t in range(T):
-        # Extend every hypothesis by its 2 W most probable tokens; at least W of a sentence's best 2 W do not end.
+        # Extend every hypothesis by its 2 W most probable tokens. Of the 2 W best extensions, at most W end with [EOS].
         log_p = decoder.step(state.ids.flatten()).float().log_softmax(-1)  # (B W, V)
         log_p, ids = fast_top(log_p, min(2 * W, log_p.size(-1)))  # (B W, 2 W), or (B W, V) if that is less
         extended = (state.log_p.unsqueeze(-1) + log_p.unflatten(0, (-1, W))).flatten(1)  # (B, W * 2 W)
-        log_p, places = extended.topk(2 * W)  # (B, 2 W), best first
-        origin = places // ids.size(-1)  # (B, 2 W), the hypothesis that was extended
-        ids = ids.view(len(places), -1).gather(1, places)  # (B, 2 W)
+        log_p, best = extended.topk(2 * W)  # (B, 2 W), best first
+        origin = best // ids.size(-1)  # (B, 2 W), the hypothesis that was extended
+        ids = ids.view(len(best), -1).gather(1, best)  # (B, 2 W)
         tokens = gather_tokens(state.tokens, origin)  # (B, 2 W, T)
         tokens[:, :, t] = ids
 
-        # Collect the finished ones among the W best.
+        # Collect the finished hypotheses among the W best.
         is_end = ((ids == EOS) | (state.limit.unsqueeze(1) <= t + 1))[:, :W] & ~state.is_done.unsqueeze(1)  # (B, W)
         score = (log_p[:, :W] / length_normalizer(t + 1, length_penalty)).masked_fill(~is_end, -math.inf)
         state.finished = state.finished.merged(Finished(score, log_p[:, :W], tokens[:, :W]))
 
-        # Continue with the W best that do not end.
-        state.log_p, places = log_p.masked_fill(ids == EOS, -math.inf).topk(W)  # (B, 2 W) -> (B, W)
-        origin, state.ids, state.tokens = origin.gather(1, places), ids.gather(1, places), gather_tokens(tokens, places)
-        rows = origin + W * torch.arange(len(origin), device=origin.device).unsqueeze(1)  # (B, W), of the B W
+        # Continue with the W best that do not end with [EOS].
+        state.log_p, best = log_p.masked_fill(ids == EOS, -math.inf).topk(W)  # (B, 2 W) -> (B, W)
+        origin, state.ids, state.tokens = origin.gather(1, best), ids.gather(1, best), gather_tokens(tokens, best)
+        rows = origin + W * torch.arange(len(origin), device=origin.device).unsqueeze(1)  # (B, W), in 0 … B W - 1
 
-        # Find the sentences that are done, and from time to time drop them from the batch.
+        # Find the sentences that are done, and every few steps drop them from the batch.
         bound = state.log_p[:, 0] / length_normalizer(state.limit, length_penalty)  # (B,)
         state.is_done |= (state.limit <= t + 1) | cannot_improve(state.finished.score[:, n_best - 1], bound)
         if W == 1:
@@ -176,8 +177,8 @@ def beam_search(
         is_check = (t + 1) % CHECK_EVERY == 0 or t + 1 == T
         remaining = remaining_rows(state.is_done) if is_check else None
         if remaining is not None:
-            for n in state.is_done.nonzero().squeeze(1).tolist():
-                results[state.sentence[n]] = state.finished.hypotheses(n, n_best)
+            for done in state.is_done.nonzero().squeeze(1).tolist():
+                results[state.sentence[done]] = state.finished.hypotheses(done, n_best)
             if len(remaining) == 0:
                 break
             state, rows = state.select(remaining), rows[remaining]
@@ -186,10 +187,10 @@ def beam_search(
 
 
 def cannot_improve(nth_best: Tensor, bound: Tensor) -> Tensor:
-    """Whether the n-th best finished score (B,) is out of reach of the unfinished hypotheses."""
+    """Whether the n-th best finished score (B,) is at least the upper bound of the unfinished ones (B,): (B,)."""
     return nth_best >= bound
 
 
-def gather_tokens(tokens: Tensor, places: Tensor) -> Tensor:
-    """The tokens (B, W, T) of the hypotheses at `places` (B, M): (B, M, T)."""
-    return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.size(-1)))
+def gather_tokens(tokens: Tensor, hypotheses: Tensor) -> Tensor:
+    """The rows of `tokens` (B, W, T) at the indices `hypotheses` (B, M): (B, M, T)."""
+    return tokens.gather(1, hypotheses.unsqueeze(-1).expand(-1, -1, tokens.size(-1)))

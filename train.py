@@ -1,10 +1,8 @@
 """Training: python train.py --preset toy
 
-    B  batch (sentences)    T  target length in tokens    V  target vocabulary
-
-`train_model` at the end shows a whole run. Above it: the learning rate, one optimizer step, validation, and how a run
-is prepared. The loss of a step is the sum over all target tokens of its batches divided by their number,
-so that neither padding nor the sizes of batches change the weight of a token.
+`train_model` at the end shows a whole run. Above it are the learning rate, the optimizer step, validation, and the
+preparation of a run. The loss of a step is the sum over all target tokens of its batches divided by their number, so
+that neither padding nor batch sizes change the weight of a token.
 """
 
 import argparse
@@ -48,14 +46,14 @@ from training.signals import StopSignal
 from training.state import Progress, TrainingState
 from translate import Translator
 
-LOG_EVERY = 10  # optimizer steps between two points of the training curves
+LOG_EVERY = 10  # optimizer steps per point of the training curves
 
 
 def learning_rate(step: int, config: Config, total_steps: int) -> float:
     """The learning rate of a step, counted from 0: linear warmup, then the schedule of the config."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "inverse_sqrt":  # section 5.3, scaled so that its peak is lr
+    if config.lr_schedule == "inverse_sqrt":  # Vaswani et al., section 5.3, scaled to peak at lr
         return config.lr * math.sqrt(max(1, config.warmup_steps) / (step + 1))
     if config.lr_schedule == "cosine":
         progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
@@ -70,14 +68,14 @@ class StepBatches(NamedTuple):
     """The batches of one optimizer step that this process trains on."""
 
     batches: list[dict]
-    is_dummy: bool  # there is none left for this process: it takes part with a batch that does not count
-    consumed: int  # batches of all processes
+    is_dummy: bool  # no batch is left for this process; it runs a dummy batch with weight 0
+    consumed: int  # number of batches of all processes in this step
 
 
 def optimizer_steps(
     train: BilingualDataset, batches: Batches, config: Config, start: int, device: torch.device
 ) -> Iterator[StepBatches]:
-    """The optimizer steps of an epoch from batch `start` on."""
+    """Yields the batches of each optimizer step of an epoch, from batch `start` on."""
     own = distributed.own_batches(batches.starting_at(start), config.accumulation_steps)
     loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
     size = config.accumulation_steps * distributed.world_size()
@@ -87,6 +85,7 @@ def optimizer_steps(
 
 
 def next_batches(loader: Iterator[dict], count: int, config: Config) -> list[dict]:
+    """The next `count` batches. Raises InputError if a worker of the data loader was killed."""
     try:
         return list(islice(loader, count))
     except RuntimeError as error:
@@ -101,9 +100,9 @@ def next_batches(loader: Iterator[dict], count: int, config: Config) -> list[dic
 def train_step(
     state: TrainingState, loss_module: nn.Module, step: StepBatches, learning_rate: float, config: Config
 ) -> StepReport:
-    """One optimizer step over these batches and those of the other processes.
+    """One optimizer step on these batches and those of the other processes.
 
-    If the loss or the gradient norm is not finite, the weights stay as they are; `TrainingLog.check_finite` reports it.
+    If the loss or the gradient norm is not finite, the weights are not updated; `TrainingLog.check_finite` reports it.
     """
     own_tokens = 0 if step.is_dummy else sum(map(count_target_tokens, step.batches))
     tokens = distributed.sum_over_processes(own_tokens)
@@ -112,7 +111,7 @@ def train_step(
         is_last = i == len(step.batches) - 1
         with contextlib.nullcontext() if is_last else distributed.without_averaging(loss_module):
             batch_loss = loss_module(LossInputs.of(batch, state.device))
-            # DistributedDataParallel averages gradients over processes; here each token has the same weight.
+            # Every token of the step has the same weight; DistributedDataParallel averages gradients over processes.
             batch_loss = batch_loss * ((not step.is_dummy) * distributed.world_size() / tokens)
             batch_loss.backward()
         loss += batch_loss.detach()
@@ -125,7 +124,7 @@ def train_step(
         group["lr"] = learning_rate
     is_finite = torch.isfinite(norm + loss)
     if state.optimizer.defaults["fused"]:
-        state.optimizer.found_inf = (~is_finite).float()  # the fused kernel skips the step if this is 1
+        state.optimizer.found_inf = (~is_finite).float()  # the fused kernel skips the update if this is 1
         state.optimizer.step()
     elif is_finite:
         state.optimizer.step()
@@ -137,7 +136,7 @@ def train_step(
 
 @contextlib.contextmanager
 def explained_out_of_memory(batches: list[dict]) -> Iterator[None]:
-    """Turns a GPU's out-of-memory error into one that names the sizes of these batches."""
+    """Turns a GPU's out-of-memory error into an InputError with the sizes of these batches."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -150,7 +149,7 @@ def explained_out_of_memory(batches: list[dict]) -> Iterator[None]:
 
 @torch.inference_mode()
 def validation_loss(model: nn.Module, validation: BilingualDataset, config: Config, precision: str) -> float:
-    """Cross-entropy in nats per target token, without label smoothing, over the whole validation set."""
+    """Cross-entropy of the whole validation set in nats per target token, without label smoothing."""
     loss_module = TrainingLoss(model, label_smoothing=0.0, precision=precision)
     device = next(model.parameters()).device
     loss, tokens = 0.0, 0
@@ -163,7 +162,10 @@ def validation_loss(model: nn.Module, validation: BilingualDataset, config: Conf
 def run_validation(
     translator: Translator, validation: BilingualDataset, config: Config, precision: str, log: TrainingLog, step: int
 ) -> dict[str, float]:
-    """Loss over the whole validation set, and scores of some greedy translations, of which a few are printed."""
+    """The loss on the whole validation set, and scores of `validation_sentences` greedy translations.
+
+    Prints `validation_examples` of them.
+    """
     translator.model.eval()
     scores = {"loss": validation_loss(translator.model, validation, config, precision)}
     line = f"validation   loss {scores['loss']:.3f}"
@@ -184,11 +186,11 @@ def run_validation(
     return scores
 
 
-# ---------------------------------------------------------------------------- preparing and ending a run
+# ---------------------------------------------------------------------------- phases of a run
 
 
 class Prepared(NamedTuple):
-    """What a run starts from."""
+    """Device, data, tokenizers and resume point of a run."""
 
     device: torch.device
     train: BilingualDataset
@@ -199,9 +201,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) -> Prepared:
-    """Locks the folder, finds the checkpoint to resume from, reads the corpus and encodes it.
+    """Locks the folder, finds the checkpoint to resume from, loads the corpus and encodes it.
 
-    Raises InputError for bad input before an existing run is changed; a new folder is then removed.
+    Raises InputError for bad input, before an existing run is changed; a newly created folder is then removed.
     """
     is_first = distributed.is_first()
     with removing_new_folder_on_error(folder.path):
@@ -222,7 +224,7 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
 
 @contextlib.contextmanager
 def removing_new_folder_on_error(path: Path) -> Iterator[None]:
-    """If an InputError is raised, removes this folder and those above it that did not exist before."""
+    """If an InputError is raised, removes this folder and its parents if they did not exist before."""
     missing = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
     try:
         yield
@@ -237,7 +239,7 @@ def removing_new_folder_on_error(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
-    """Creates the run's folder or restores it from the mirror, and locks it for this process."""
+    """Creates the run's folder, or restores it from the mirror, and locks it for this process."""
     folder.check_writable()
     if config.mirror_dir:
         mirror.check_mounted(RunFolder(config.mirror_dir))
@@ -258,14 +260,14 @@ def warn_shared_pairs(train_pairs: Dataset, validation_pairs: Dataset) -> None:
 
 
 def count_steps(config: Config, train: BilingualDataset) -> int:
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     batches_per_step = config.accumulation_steps * distributed.world_size()
     steps = math.ceil(len(Batches(train, config, epoch=0)) / batches_per_step) * config.num_epochs
     return min(steps, config.max_steps or steps)
 
 
 def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Module, precision: str) -> None:
-    """Prints what is trained, on which data, and where."""
+    """Prints device, run folder, corpus, model size and number of steps."""
     device, train, validation, tokenizer_src, tokenizer_tgt, _ = prepared
     parameters = sum(p.numel() for p in model.parameters())
     sizes = tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()
@@ -289,7 +291,7 @@ def is_finished(progress: Progress, config: Config) -> bool:
 
 
 def out_of_patience(config: Config, folder: RunFolder) -> bool:
-    """Early stopping: whether the last `patience` epochs brought no better score (Prechelt, 1998)."""
+    """Early stopping: whether the last `patience` epochs brought no better validation score (Prechelt, 1998)."""
     found = []
     if distributed.is_first():
         found = merits([row for row in folder.read_scores() if row["batch"] == 0], config.best_by)
@@ -298,7 +300,7 @@ def out_of_patience(config: Config, folder: RunFolder) -> bool:
 
 
 def resume(config: Config, folder: RunFolder, state: TrainingState, resume_point: ResumePoint) -> None:
-    """Restores the state, and removes from the folder what is later than it."""
+    """Restores the state, sets later checkpoints aside and removes later scores."""
     state.load_state_dict(resume_point.state)
     if distributed.is_first():
         if aside := folder.set_aside(resume_point.conflicting):
@@ -328,7 +330,7 @@ def validate(
     precision: str,
     log: TrainingLog,
 ) -> None:
-    """Validates in the first process, unless done at this step, and removes the checkpoints that are not kept."""
+    """Validates in the first process, unless already done at this step, and prunes checkpoints."""
     if distributed.is_first():
         if state.progress.step not in [row["step"] for row in folder.read_scores()]:
             scores = run_validation(translator, validation, config, precision, log, state.progress.step)
@@ -354,14 +356,14 @@ def write(line: str) -> None:
 
 
 def train_model(config: Config) -> TrainingState:
-    """Trains the run that `config` describes, or resumes it; its `evaluated_model` is then ready to translate.
+    """Trains the run that `config` describes, or resumes it; returns the final state.
 
     Raises InputError for bad input, before an existing run is changed.
     """
     keep_freed_memory()
     folder = RunFolder.of(config)
     with distributed.process_group(), contextlib.ExitStack() as resources:
-        # Prepare: the first process encodes the corpus, the others then find it encoded
+        # Prepare: the first process encodes the corpus, the others then load it from the cache
         prepared = distributed.first_then_others(lambda: prepare(config, folder, resources))
         device, train, validation, *tokenizers, resume_point = prepared
         state = TrainingState.create(config, *(t.get_vocab_size() for t in tokenizers), device)
@@ -379,7 +381,7 @@ def train_model(config: Config) -> TrainingState:
         log = TrainingLog(folder, state.progress.step)
         resources.callback(log.close)
         translator = Translator(state.evaluated_model, config, *tokenizers)
-        if state.progress.step and state.progress.batch == 0:  # may have been killed between saving and validating
+        if state.progress.step and state.progress.batch == 0:  # perhaps killed between saving and validating
             validate(config, folder, state, translator, validation, precision, log)
 
         # Train
@@ -428,7 +430,7 @@ def train_model(config: Config) -> TrainingState:
         report_end(config, folder, state, start_step, time.perf_counter() - start_time)
         state.stop_signal = stop.number
         state.model.eval()
-        del loss_module  # DistributedDataParallel must be gone before the processes separate
+        del loss_module  # DistributedDataParallel must be deleted before the process group is
     return state
 
 
@@ -460,14 +462,14 @@ def report_end(config: Config, folder: RunFolder, state: TrainingState, start_st
 
 
 def trained_run(run_dir: str, preset: str = "toy", **overrides) -> str:
-    """`run_dir`, trained first if it holds no checkpoint: how the notebooks begin."""
+    """Returns `run_dir`, after training the run if it has no checkpoint; for the notebooks."""
     if not RunFolder(run_dir).checkpoints():
         train_model(get_config(preset, run_dir=run_dir, **overrides))
     return run_dir
 
 
 def parse_config(argv: list[str]) -> Config:
-    """The config of a command line: a preset, or the existing run in --run-dir, with the other flags over it."""
+    """The config of a command line: that of a preset, or of the run in --run-dir, overridden by the other flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?")
     parser.add_argument("--run-dir", "--run_dir", nargs="?", default="")

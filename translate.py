@@ -1,7 +1,7 @@
 """Translation with a trained run: `Translator`, and the command line.
 
-B  sentences still being translated    S  source length
-W  beam size                           T  target length so far    V  target vocabulary
+B  sentences still being translated    S  source length          D  d_model
+W  beam size                           T  target length so far   V  target vocabulary
 
 python translate.py "I can eat an apple."
 python translate.py < sentences.en > sentences.it
@@ -34,7 +34,7 @@ from search import Hypothesis, StepDecoder, beam_search, greedy_decode
 
 
 class CachedDecoder:
-    """A Transformer as a StepDecoder. The encoder runs once; each step computes one new target position."""
+    """A StepDecoder with caches. The encoder runs once; each step computes one target position."""
 
     def __init__(self, model: Transformer, source: Tensor, max_length: int):
         self.model = model
@@ -56,9 +56,9 @@ class CachedDecoder:
 
 
 class UncachedDecoder:
-    """A Transformer as a StepDecoder that recomputes all target positions at each step.
+    """A StepDecoder without caches: each step computes all target positions again.
 
-    Slower, but interventions that depend on all positions, or change the decoder between steps, take full effect.
+    Slower, but interventions that depend on all positions, or that change between steps, take full effect.
     """
 
     def __init__(self, model: Transformer, source: Tensor):
@@ -89,7 +89,7 @@ class Translator:
     def __init__(
         self, model: Transformer, config: Config, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer, weights: str = ""
     ):
-        self.model, self.config, self.weights = model, config, weights  # weights: the name of their file
+        self.model, self.config, self.weights = model, config, weights  # weights: name of their file
         self.folder = RunFolder.of(config)
         self.tokenizer_src, self.tokenizer_tgt = tokenizer_src, tokenizer_tgt
         self.precision = "fp32"
@@ -110,9 +110,9 @@ class Translator:
         """Loads a run, or an export of one, from its folder or from a Hugging Face Hub repository NAME/NAME.
 
         Without `run_dir`, the most recently trained run. `weights` is best (by the validation score `best_by`), latest
-        or an epoch number; `average` averages the weights of that many epochs, the best or the latest. `precision` is
-        fp32, bf16, or auto (the faster): bf16 matrix products change log-probabilities by some thousandths per token.
-        Raises InputError for a missing, damaged or inconsistent run.
+        or an epoch number. With `average` above 1, the weights of that many epochs, the best or the latest, are
+        averaged. `precision` is fp32, bf16 or auto (see `choose_precision`); linear layers in bf16 change
+        log-probabilities by a few thousandths per token. Raises InputError for a missing, damaged or inconsistent run.
         """
         keep_freed_memory()
         folder = RunFolder.find(run_dir)
@@ -139,7 +139,7 @@ class Translator:
         return translator
 
     def encode(self, sentence: str) -> list[int]:
-        """Token ids with [SOS] and [EOS]. Raises InputError if there are more than the model's seq_len."""
+        """Token ids with [SOS] and [EOS]. Raises InputError for more than `seq_len` tokens or undecodable text."""
         try:
             ids = [SOS, *self.tokenizer_src.encode(sentence).ids, EOS]
         except TypeError:  # undecodable bytes on the command line
@@ -152,7 +152,7 @@ class Translator:
         return ids
 
     def unknown_words(self, sentence: str) -> list[str]:
-        """The words of a sentence that are not in the source vocabulary."""
+        """The words of a sentence that are not in the source vocabulary; with a BPE tokenizer none."""
         encoding = self.tokenizer_src.encode(sentence)
         return [sentence[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == UNK]
 
@@ -165,14 +165,14 @@ class Translator:
         show_progress: bool = False,
         use_cache: bool = True,
     ) -> list[str]:
-        """Translations in the order of the sentences; blank sentences stay blank. A beam of 1 is greedy search.
+        """Translations in the order of the sentences; blank sentences stay blank. A beam size of 1 is greedy search.
 
-        A batch holds up to batch_tokens / beam_size source tokens.
+        A batch holds up to batch_tokens / beam_size source tokens. Raises InputError for sentences beyond `seq_len`.
         """
         translations = [""] * len(sentences)
         for positions, sources in self.batches(sentences, batch_tokens // beam_size, show_progress):
-            found = self.search(sources, beam_size, length_penalty, use_cache)
-            for i, ids in zip(positions, found, strict=True):
+            targets = self.search(sources, beam_size, length_penalty, use_cache)
+            for i, ids in zip(positions, targets, strict=True):
                 translations[i] = self.tokenizer_tgt.decode(ids)
         return translations
 
@@ -184,18 +184,18 @@ class Translator:
         n_best: int = 1,
         batch_tokens: int = 8_192,
     ) -> list[list[Hypothesis]]:
-        """The n best translations of each sentence with their log-probabilities; none of a blank sentence."""
-        found: list[list[Hypothesis]] = [[] for _ in sentences]
+        """The `n_best` translations of each sentence, best first; none for a blank sentence."""
+        results: list[list[Hypothesis]] = [[] for _ in sentences]
         for positions, sources in self.batches(sentences, batch_tokens // beam_size):
-            searched = self.beam_search(sources, beam_size, length_penalty, n_best)
-            for i, hypotheses in zip(positions, searched, strict=True):
-                found[i] = hypotheses
-        return found
+            found = self.beam_search(sources, beam_size, length_penalty, n_best)
+            for i, hypotheses in zip(positions, found, strict=True):
+                results[i] = hypotheses
+        return results
 
     def batches(
         self, sentences: list[str], batch_tokens: int, show_progress: bool = False
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
-        """Positions and source ids of the sentences that are not blank, the longest first, in batches."""
+        """Batches of the sentences that are not blank, longest first: their positions and their source ids."""
         encoded = {i: self.encode(s) for i, s in enumerate(sentences) if s.strip()}
         order = sorted(encoded, key=lambda i: len(encoded[i]), reverse=True)
         bar = tqdm(total=len(order), unit="sentence", desc="Translating", disable=not show_progress, leave=False)
@@ -210,7 +210,7 @@ class Translator:
     def search(
         self, sources: list[list[int]], beam_size: int = 1, length_penalty: float = 0.6, use_cache: bool = True
     ) -> list[list[int]]:
-        """Target ids of a batch of source ids, by greedy search (beam 1) or beam search; without [SOS] and [EOS]."""
+        """Target ids for a batch of source ids, by greedy (beam size 1) or beam search; without [SOS] and [EOS]."""
         if beam_size > 1:
             found = self.beam_search(sources, beam_size, length_penalty, use_cache=use_cache)
             return [hypotheses[0].ids for hypotheses in found]
@@ -225,25 +225,28 @@ class Translator:
         n_best: int = 1,
         use_cache: bool = True,
     ) -> list[list[Hypothesis]]:
-        """The n best hypotheses of each of a batch of source ids."""
+        """The `n_best` hypotheses of each sentence of a batch of source ids, best first."""
         return beam_search(*self.decoder_and_limits(sources, use_cache), beam_size, length_penalty, n_best)
 
     def decoder_and_limits(self, sources: list[list[int]], use_cache: bool) -> tuple[StepDecoder, Tensor]:
-        """A decoder for a batch, and the maximum length of each translation (B,): twice its source plus ten tokens."""
-        width = max(map(len, sources))
-        source = torch.tensor([ids + [PAD] * (width - len(ids)) for ids in sources], device=self.device)  # (B, S)
+        """A decoder for a batch of source ids, and the maximum length of each translation (B,).
+
+        It is twice the source length plus ten tokens, but at most `seq_len`.
+        """
+        longest = max(map(len, sources))
+        source = torch.tensor([ids + [PAD] * (longest - len(ids)) for ids in sources], device=self.device)  # (B, S)
         limits = [min(2 * len(ids) + 10, self.config.seq_len) for ids in sources]
         decoder = CachedDecoder(self.model, source, max(limits)) if use_cache else UncachedDecoder(self.model, source)
         return decoder, torch.tensor(limits, device=self.device)
 
 
 def load_state_dict(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Loads weights, with or without the prefixes that torch.compile and DistributedDataParallel add to names."""
+    """Loads weights; prefixes of torch.compile and DistributedDataParallel in their names are removed."""
     model.load_state_dict({name.removeprefix("_orig_mod.").removeprefix("module."): w for name, w in weights.items()})
 
 
 def check_tokenizers(folder: RunFolder, config: Config, state: dict, path: Path) -> None:
-    """Raises InputError unless the tokenizers in the folder are those that the checkpoint was trained with."""
+    """Raises InputError unless the tokenizers in the folder are those of the checkpoint at `path`."""
     for lang, text in zip((config.lang_src, config.lang_tgt), state["tokenizers"], strict=True):
         file = folder.tokenizer_file(lang)
         if load_tokenizer(file).to_str() != Tokenizer.from_str(text).to_str():
@@ -254,14 +257,14 @@ def check_tokenizers(folder: RunFolder, config: Config, state: dict, path: Path)
 
 
 def translate(sentence: str, run_dir: str = "") -> str:
-    """Translates one sentence with a trained run."""
+    """Translates one sentence with a trained run, by default the most recently trained one."""
     return Translator.load(run_dir).translate([sentence])[0]
 
 
 def translate_lines(
     translator: Translator, lines: Iterable[str], chunk: int, beam_size: int = 1, length_penalty: float = 0.6
 ) -> Iterator[str]:
-    """Translates lines in order, `chunk` at a time. A line that exceeds seq_len becomes blank, with a warning."""
+    """Translations of the lines, in order, `chunk` lines at a time; lines that exceed `seq_len` become blank."""
     for _, readable in readable_chunks(translator, lines, chunk):
         yield from translator.translate(readable, beam_size, length_penalty)
 
@@ -269,7 +272,7 @@ def translate_lines(
 def n_best_lines(
     translator: Translator, lines: Iterable[str], chunk: int, beam_size: int, length_penalty: float, n_best: int
 ) -> Iterator[str]:
-    """The n best hypotheses of each line: line number, score, log-probability and text, separated by tabs."""
+    """The `n_best` translations of each line: line number, score, log-probability and text, separated by tabs."""
     for start, readable in readable_chunks(translator, lines, chunk):
         found = translator.hypotheses(readable, beam_size, length_penalty, n_best)
         for number, hypotheses in enumerate(found, start=start + 1):
@@ -279,15 +282,15 @@ def n_best_lines(
 
 
 def readable_chunks(translator: Translator, lines: Iterable[str], chunk: int) -> Iterator[tuple[int, list[str]]]:
-    """The lines in chunks, each with the number of lines before it; lines that exceed seq_len are blank."""
+    """The lines in chunks, each with the number of lines before it; lines that exceed `seq_len` become blank."""
     lines, start = iter(lines), 0
-    while some := list(islice(lines, chunk)):
-        yield start, blank_long(translator, some, start)
-        start += len(some)
+    while block := list(islice(lines, chunk)):
+        yield start, blank_long(translator, block, start)
+        start += len(block)
 
 
 def blank_long(translator: Translator, lines: list[str], start: int = 0) -> list[str]:
-    """The lines, with those that exceed seq_len replaced by blank ones and a warning; `start` lines came before."""
+    """Replaces lines that exceed `seq_len` by blank ones, with a warning that counts lines from `start` + 1."""
     readable = list(lines)
     for i, line in enumerate(lines):
         try:
@@ -299,7 +302,7 @@ def blank_long(translator: Translator, lines: list[str], start: int = 0) -> list
 
 
 def check_search(beam_size: int, length_penalty: float, n_best: int = 1) -> None:
-    """Raises InputError for invalid settings of the search."""
+    """Raises InputError for invalid search settings."""
     if beam_size < 1:
         raise InputError(f"--beam-size is {beam_size}; give 1 for greedy search, or more")
     if not 0 <= length_penalty < math.inf:
@@ -323,15 +326,15 @@ def main(
     """Translate a sentence, or the lines of standard input.
 
     Args:
-        sentence: the sentence to translate; if omitted, lines are read from stdin and translated to stdout
+        sentence: sentence to translate; if omitted, the lines of stdin are translated to stdout
         run_dir: folder of the run; empty: the most recently trained run
         beam_size: hypotheses kept at each step; 1: greedy search
-        length_penalty: exponent of the length normalization; 0 favors short translations, 1 and more long ones
-        n_best: print this many hypotheses per line, with score and log-probability
+        length_penalty: exponent of the length normalization; 0 favors short translations, higher values longer ones
+        n_best: number of hypotheses printed per sentence, with score and log-probability; 0: the translation only
         weights: best (on the validation set), latest, or an epoch number
-        average: average the weights of this many epochs, the best or the latest
+        average: number of epochs whose weights are averaged, the best or the latest ones
         device: auto, cuda, mps or cpu
-        precision: of matrix products: fp32, bf16, or auto, the faster one for this device and model
+        precision: fp32, bf16 (linear layers), or auto: bf16 if supported natively, except for small models on a CPU
     """
     check_search(beam_size, length_penalty, n_best or 1)
     translator = Translator.load(run_dir, device, weights, average, precision)
@@ -343,7 +346,7 @@ def main(
     else:
         is_interactive = sys.stdin.isatty()
         if is_interactive:
-            print("Type a sentence, then Enter; Ctrl-D to quit.", file=sys.stderr)
+            print("Type a sentence and press Enter; Ctrl-D quits.", file=sys.stderr)
         lines, chunk = read_lines(sys.stdin.buffer, "stdin"), 1 if is_interactive else 512
     if n_best:
         output = n_best_lines(translator, lines, chunk, beam_size, length_penalty, n_best)

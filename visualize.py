@@ -51,9 +51,9 @@ def main(
         architecture: write a picture (.svg or .png) of the run's model, its shapes and parameters; needs no sentence
         preset: the model of a preset, not trained, instead of a run; for --architecture
         kind: kind of attention for --png and --text: encoder (self-attention), decoder (self-attention) or cross
-        layer: layer for --text, from 0; -1: the last one
-        head: head for --text, from 0
-        words: merge subwords into words
+        layer: layer for --text, counted from 0; -1: the last one
+        head: head for --text, counted from 0
+        words: subwords merged into words
         device: auto, cuda, mps or cpu
     """
     for path in (html, png, save, architecture):

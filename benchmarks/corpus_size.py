@@ -1,9 +1,9 @@
-"""Time and memory of corpus preparation against the number of pairs.
+"""Measure time and memory of corpus preparation for different numbers of pairs.
 
     python benchmarks/corpus_size.py --pairs 100000 1000000 10000000
 
 For each size, writes a .tsv file of synthetic sentences. A new process then does what `train.py` does before its first
-step: it reads and splits the corpus, trains a tokenizer, encodes the pairs in one process per core, forms batches, and
+step: it reads and splits the corpus, trains a tokenizer, encodes the pairs in several processes, forms batches and
 builds the first one. Memory is the peak over time of the sum over all processes, as private memory (required) and with
 the pages of memory-mapped files (released when memory is short). Ten million pairs take 8 GB of disk in --folder.
 """
@@ -24,7 +24,7 @@ CLAUSES, WORDS = 100_000, 50_000
 
 
 def write_corpus(path: Path, pairs: int) -> None:
-    """Sentences of two clauses of 2 to 12 words, with a Zipf distribution as in text; the target reverses each word."""
+    """Sentences of two clauses of 2 to 12 words each, drawn from a Zipf distribution; the target reverses each word."""
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(rng.choice(letters, rng.integers(2, 10))) for _ in range(WORDS)]
@@ -41,7 +41,7 @@ def write_corpus(path: Path, pairs: int) -> None:
 
 
 def prepare(path: Path, seconds: dict[str, float]) -> None:
-    """The new process: prepares the corpus and stores how long it took."""
+    """Runs in the new process: prepares the corpus and stores the times in `seconds`."""
     from config import get_config
     from dataset import Batches, get_ds
 
@@ -57,7 +57,7 @@ def prepare(path: Path, seconds: dict[str, float]) -> None:
 
 
 def resident_memory(root: int) -> tuple[int, int]:
-    """Bytes of a process and its descendants: private, and with memory-mapped files."""
+    """Memory of a process and its descendants in bytes: private memory, and with memory-mapped files."""
     private = total = 0
     processes, waiting = [], [root]
     while waiting:
@@ -75,7 +75,7 @@ def resident_memory(root: int) -> tuple[int, int]:
 
 
 def measure(pairs: int, folder: Path) -> list[str]:
-    """A row of the table."""
+    """One row of the table."""
     folder = folder / str(pairs)
     folder.mkdir(parents=True)
     write_corpus(folder / "corpus.tsv", pairs)
@@ -101,9 +101,7 @@ def measure(pairs: int, folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="+", default=[100_000, 1_000_000], help="corpus sizes")
-    parser.add_argument(
-        "--folder", default="/tmp/corpus_size", help="a new folder for the files (default: %(default)s)"
-    )
+    parser.add_argument("--folder", default="/tmp/corpus_size", help="new folder for the files (default: %(default)s)")
     arguments = parser.parse_args()
     rows = [measure(pairs, Path(arguments.folder)) for pairs in arguments.pairs]
     import torch

@@ -1,4 +1,4 @@
-"""Decoding speed of this project and its peers on the same sentences and model sizes.
+"""Measure the decoding speed of this project and its peers on the same sentences and model sizes.
 
     python benchmarks/decoding_speed.py --data FOLDER/train.lc.norm.tok --test FOLDER/test_2016_flickr.lc.norm.tok
     python benchmarks/decoding_speed.py                              # synthetic text
@@ -8,7 +8,7 @@ last translation ends, as they do with trained weights. The tutorial's implement
 a time, is timed on a few sentences.
 
 Prints a table for each model size and beam size: target tokens per second (median over the rounds), the speedup of
-this project, and the speed in the warm-up round, where a CPU prepares bf16 products for each new shape. Peers that
+this project, and the speed in the warm-up round, in which a CPU sets up bf16 kernels for each new shape. Peers that
 are not installed are skipped. For CTranslate2, whose output length cannot be set, see benchmarks/engines.py.
 """
 
@@ -35,11 +35,13 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "base"], help="model sizes")
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 5], help="beam sizes; 1: greedy search")
     parser.add_argument("--vocabulary", type=int, default=10_000, help="vocabulary size (default: %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=8_192, help="source tokens per batch times beam size")
-    parser.add_argument("--sentences", type=int, default=1_000, help="number of sentences, the longest ones")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of this project")
+    parser.add_argument("--batch-tokens", type=int, default=8_192, help="source tokens per batch, times the beam size")
+    parser.add_argument("--sentences", type=int, default=1_000, help="number of sentences; the longest are used")
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="this project's precision"
+    )
     names = [peer.name for peer in PEERS]
-    skip_help = f"peers to skip, of: {', '.join(names)}"
+    skip_help = f"peers to skip: any of {', '.join(names)}"
     parser.add_argument("--without", nargs="*", default=[], choices=names, metavar="PEER", help=skip_help)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -52,7 +54,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def compare(size_name: str, beam_size: int, arguments: argparse.Namespace, device: torch.device) -> str:
-    """A table of all installed implementations."""
+    """The table of all installed implementations."""
     size, vocab_size = SIZES[size_name], arguments.vocabulary
     budget = arguments.batch_tokens // beam_size
     batches = decoding_batches(arguments.data, arguments.test, vocab_size, budget, arguments.sentences, device)
@@ -79,7 +81,7 @@ def decode(implementation, batches: list[tuple], beam_size: int) -> None:
 
 
 def sample_sentences(batches: list[tuple]) -> list[tuple]:
-    """A few single sentences, from batches spread evenly over the list."""
+    """Batches of one sentence each, taken from batches evenly spaced over the list."""
     chosen = torch.linspace(0, len(batches) - 1, TUTORIAL_SENTENCES).long().tolist()
     return [(batches[i][0][:1], batches[i][1][:1]) for i in chosen]
 

@@ -1,4 +1,4 @@
-"""Compares a trained run in this project with its export to CTranslate2: identical translations, speed, BLEU.
+"""Compare a trained run in this project with its export to CTranslate2: identical translations, speed, BLEU.
 
     python benchmarks/engines.py --run-dir weights/multi30k.tok.1 --sentences 1000 --bleu-tokenizer none
 
@@ -30,7 +30,7 @@ from translate import Translator
 
 CPU = torch.device("cpu")
 ROUNDS = 3
-BATCH_TOKENS = 8_192  # source tokens per batch times beam size
+BATCH_TOKENS = 8_192  # source tokens per batch, times the beam size
 
 
 class Exported:
@@ -45,7 +45,7 @@ class Exported:
         self.translator = translator
 
     def translate(self, sentences: list[str], beam_size: int) -> list[list[str]]:
-        """Target tokens. The length limit is this project's limit for the longest sentence."""
+        """Target tokens. The length limit is that of this project for the longest sentence."""
         tokens = [self.translator.tokenizer_src.encode(s).tokens for s in sentences]
         longest = max(len(t) for t in tokens)
         results = self.engine.translate_batch(
@@ -60,7 +60,7 @@ class Exported:
 
 
 def translate(translator: Translator, sentences: list[str], beam_size: int) -> list[list[str]]:
-    """Target tokens, by this project."""
+    """Target tokens, translated by this project."""
     translations: list[list[str]] = [[] for _ in sentences]
     for positions, sources in translator.batches(sentences, BATCH_TOKENS // beam_size):
         for i, ids in zip(positions, translator.search(sources, beam_size, length_penalty=0.0), strict=True):
@@ -102,7 +102,7 @@ def compare(
     references: list[str],
     bleu_tokenizer: str,
 ) -> list[list[str]]:
-    """A row for each engine. Translations are compared with those of the first one."""
+    """One row per engine. Translations are compared with those of the first engine."""
     found: dict[str, list[list[str]]] = {}
 
     def run(name: str) -> None:
@@ -126,7 +126,7 @@ def compare(
 
 
 def print_scored(translator: Translator, sentence: str, translations: dict[str, list[str]]) -> None:
-    """Translations with their log-probabilities in nats, by this project's model in fp32."""
+    """Prints translations with their log-probabilities in nats under this project's model in fp32."""
     for name, tokens in translations.items():
         log_p = log_probability(translator, sentence, token_ids(translator, tokens))
         print(f"    {name}, log-probability {log_p:.5f}: {' '.join(tokens)}")

@@ -1,11 +1,11 @@
-"""Fault injection: a run must survive kills, signals, damaged files and full disks.
+"""Inject faults into training runs: they must survive kills, signals, damaged files and full disks.
 
     python benchmarks/faults.py            # all trials, about 20 minutes
     python benchmarks/faults.py --quick    # a sixth of them
 
 A tiny run (360 pairs, two epochs, a checkpoint every other step) is trained once without faults. Each trial trains it
-again, injects a fault, and resumes with the same command. The final state must be bit-identical: weights, optimizer,
-random generators, position, scores.
+again, injects a fault, and resumes with the same command. The final state must be bit-identical: weights, EMA,
+optimizer, random number generators, progress and scores.
 """
 
 import argparse
@@ -86,14 +86,14 @@ class Bench:
         return process
 
     def fresh(self, run: str) -> Path:
-        """The folder of a run, removed if it exists."""
+        """The folder for a run, which is removed if it exists."""
         shutil.rmtree(self.folder / run, ignore_errors=True)
         (self.folder / f"{run}.log").unlink(missing_ok=True)
         return self.folder / run
 
 
 def run_train(arguments: list[str], log: Path, disturb: Callable[[], None] | None, started) -> None:
-    """The new process: train.py with these arguments, its output appended to a file."""
+    """Runs in the new process: train.py with these arguments, its output appended to a file."""
     torch.set_num_threads(1)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -113,7 +113,7 @@ def run_train(arguments: list[str], log: Path, disturb: Callable[[], None] | Non
 
 
 def final_state(run: Path) -> str:
-    """A digest of the newest checkpoint and of the scores."""
+    """A digest of the state in the newest checkpoint and of the scores."""
     state = load_checkpoint(RunFolder(run).checkpoints()[-1])
     digest = hashlib.sha256((run / "scores.jsonl").read_bytes())
 
@@ -173,23 +173,23 @@ def kill_self() -> None:
 
 
 def die_at(point: str, nth: int) -> None:
-    """Makes this process kill itself when it reaches the point for the n-th time."""
+    """Makes this process kill itself when it reaches a point for the n-th time."""
     module, name, when = POINTS[point]
     original, calls = getattr(module, name), itertools.count(1)
 
     @functools.wraps(original)
     def wrapper(*args, **kwargs):
-        if name == "replace" and not str(args[1]).endswith(".pt"):  # configs and scores are renamed, too
+        if name == "replace" and not str(args[1]).endswith(".pt"):  # configs and scores are also renamed
             return original(*args, **kwargs)
-        last = next(calls) == nth
-        if last and when == "before":
+        is_nth = next(calls) == nth
+        if is_nth and when == "before":
             kill_self()
         result = original(*args, **kwargs)
-        if last and when == "half":  # half of the file that torch.save wrote, or half of the digest at its end
+        if is_nth and when == "half":  # half of the file that torch.save wrote, or half of the digest at its end
             path = args[-1]
             size = os.path.getsize(path)
             os.truncate(path, size // 2 if name == "save" else size - 32)
-        if last:
+        if is_nth:
             kill_self()
         return result
 
@@ -197,6 +197,7 @@ def die_at(point: str, nth: int) -> None:
 
 
 def kill_at_point(bench: Bench, point: str, nth: int) -> bool:
+    """The run is killed when it reaches a point for the n-th time, and resumed."""
     run = bench.fresh("killed")
     status = bench.train("killed", disturb=functools.partial(die_at, point, nth))
     has_temporary_file = any(".pt." in path.name for path in run.glob(".*.tmp"))
@@ -205,7 +206,7 @@ def kill_at_point(bench: Bench, point: str, nth: int) -> bool:
 
 
 def kill_at_random(bench: Bench, rng: random.Random, seconds: float) -> bool:
-    """Killed at a random time, possibly during startup; resumed, and in a third of the trials killed again."""
+    """The run is killed at a random time, possibly during startup, in a third of the trials twice, and resumed."""
     run = bench.fresh("killed")
     readable = True
     for _ in range(rng.choice([1, 1, 2])):
@@ -218,6 +219,7 @@ def kill_at_random(bench: Bench, rng: random.Random, seconds: float) -> bool:
 
 
 def has_expected_end(bench: Bench, run: Path) -> bool:
+    """Whether the final state is that of the run without faults and no temporary file is left."""
     return final_state(run) == bench.expected and has_no_temporary_files(run)
 
 
@@ -266,7 +268,7 @@ def damage_newest(bench: Bench, damage: Callable[[bytes], bytes]) -> bool:
 
 
 def flip(rng: random.Random, content: bytes) -> bytes:
-    """With one random bit inverted."""
+    """The content with one random bit flipped."""
     changed = bytearray(content)
     changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     return bytes(changed)
@@ -282,7 +284,7 @@ def replace_newest(bench: Bench) -> bool:
 
 
 def mount(folder: Path, size: int) -> bool:
-    """Mounts an empty file system of `size` bytes on the folder; False if not permitted (it needs root on Linux)."""
+    """Mounts an empty file system of `size` bytes on the folder; returns False if not permitted (root on Linux)."""
     try:
         return ctypes.CDLL(None).mount(b"none", bytes(folder), b"tmpfs", 0, f"size={size}".encode()) == 0
     except AttributeError:
@@ -290,14 +292,14 @@ def mount(folder: Path, size: int) -> bool:
 
 
 def limit_files(size: int) -> None:
-    """Limits the files of this process to `size` bytes each; writing more is an error, as on a full disk."""
+    """Limits the files of this process to `size` bytes each; writing more raises an error, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 @contextlib.contextmanager
 def limited_space(bench: Bench, run: Path, extra: int) -> Iterator[Callable | None]:
-    """Leaves `extra` bytes of disk space for the run.
+    """Context in which the run has `extra` bytes of disk space left.
 
     If mounting is not permitted, yields a function with which the process limits the size of its files instead.
     """
@@ -321,13 +323,13 @@ def limited_space(bench: Bench, run: Path, extra: int) -> Iterator[Callable | No
             kept.rename(run)
 
 
-def disk_full(bench: Bench, share: float) -> bool:
-    """With space for `share` of a checkpoint saving fails and no file is lost; with more space the run resumes."""
+def disk_full(bench: Bench, fraction: float) -> bool:
+    """With space for a fraction of a checkpoint, saving fails and no file is lost; with enough, the run resumes."""
     run = bench.fresh("full")
     status = bench.train("full", "--num-epochs", "1")
     before = {path: path.read_bytes() for path in RunFolder(run).checkpoints()}
     size = len(before[RunFolder(run).checkpoints()[-1]])
-    with limited_space(bench, run, int(share * size)) as disturb:
+    with limited_space(bench, run, int(fraction * size)) as disturb:
         good = fails_cleanly(bench, run, before, disturb)
     return status == 0 and good and bench.train("full") == 0 and has_expected_end(bench, run)
 
@@ -347,7 +349,7 @@ def fails_cleanly(bench: Bench, run: Path, before: dict[Path, bytes], disturb: C
 
 
 def plan(bench: Bench, share: float, seed: int = 0) -> list[tuple[str, list[Callable[[], bool]]]]:
-    """The trials for each kind of fault, `share` of the full number."""
+    """The trials for each kind of fault: a fraction `share` of the full number."""
     rng = random.Random(seed)
     start = time.perf_counter()
     bench.fresh("timed")
@@ -378,7 +380,7 @@ def plan(bench: Bench, share: float, seed: int = 0) -> list[tuple[str, list[Call
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="run a sixth of the trials")
+    parser.add_argument("--quick", action="store_true", help="a sixth of the trials only")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         bench = Bench.prepare(Path(folder))

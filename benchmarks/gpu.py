@@ -1,11 +1,11 @@
-"""First checks on a GPU: correctness, training speed by precision and with torch.compile, decoding speed.
+"""Check correctness on a GPU, and measure the speed of training (fp32, bf16, torch.compile) and decoding.
 
     python benchmarks/gpu.py                      # the base model of the paper
     python benchmarks/gpu.py --size tiny --vocabulary 1000 --batch-tokens 2000 --device cpu   # a quick trial
 
 First compares a small model on the CPU and on the device: loss, gradients and translations. Then times training and
-greedy decoding of the large model. Needs no data and no other library: the text is synthetic. For a comparison with
-other implementations see benchmarks/training_speed.py and benchmarks/decoding_speed.py.
+greedy decoding of the model given by --size. Needs no data and no other library: the text is synthetic. For a
+comparison with other implementations see benchmarks/training_speed.py and benchmarks/decoding_speed.py.
 """
 
 import argparse
@@ -39,15 +39,15 @@ from model import Transformer
 from training.losses import LossInputs
 
 SMALL, SMALL_VOCABULARY = ModelSize(d_model=64, layers=2, heads=4, d_ff=128), 100
-# Largest relative difference of the loss, and of all gradients together, that rounding explains.
+# Maximum relative difference of the loss, and of the vector of all gradients, that rounding can explain.
 TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2}
-MIN_IDENTICAL = 0.95  # share of translations in fp32; rounding decides between tokens of nearly equal probability
-# Factor on the weights in the comparison of translations: 55 of 64 sentences then have distinct translations, not 10.
+MIN_IDENTICAL = 0.95  # fraction of translations in fp32; rounding decides between nearly equal probabilities
+# The weights are scaled up for comparing translations: 55 of 64 sentences then have distinct translations, not 10.
 WEIGHT_SCALE = 3
 
 
 class Compiled(ThisProject):
-    """With torch.compile on encoder and decoder, for dynamic shapes."""
+    """This project with torch.compile on encoder and decoder, for dynamic shapes."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -62,7 +62,10 @@ TRAINING = [("fp32", ThisProject, "fp32"), ("bf16", ThisProject, "bf16"), ("bf16
 
 
 def check(device: torch.device) -> str:
-    """Differences between the device and the CPU in fp32. AssertionError if rounding does not explain them."""
+    """A table of differences between the device and the CPU in fp32.
+
+    Raises AssertionError if rounding cannot explain them.
+    """
     torch.manual_seed(0)
     reference = ThisProject(SMALL, SMALL_VOCABULARY, torch.device("cpu"), "fp32")
     reference.model.eval()  # no dropout
@@ -92,7 +95,7 @@ def loss_and_gradients(project: ThisProject, batch: dict) -> tuple[torch.Tensor,
 
 @torch.inference_mode()
 def share_identical(reference: ThisProject, tested: ThisProject, source: torch.Tensor, beam_size: int) -> float:
-    """The share of sentences with identical translations. Their length limits differ, so that the batch shrinks."""
+    """The fraction of sentences with identical translations. Length limits differ, so that the batch shrinks."""
     limits, found = 3 + torch.arange(len(source)) % 18, []
     for project in (reference, tested):
         model, device = with_larger_weights(project.model), project.state.device
@@ -134,7 +137,7 @@ def training(arguments: argparse.Namespace, device: torch.device) -> str:
             rebuild = functools.partial(implementation, precision=precision)
             row.append(f"{peak_memory(rebuild, size, vocab_size, batches[:2], device) / 1e9:.1f}")
         rows.append(row)
-        print("  ", *row, flush=True)  # at once, in case the run is cut off
+        print("  ", *row, flush=True)  # immediately, in case the script is interrupted
         del project, tasks
     header = [
         "training",

@@ -1,4 +1,4 @@
-"""Speed of training and greedy translation against model size, sentence length and batch size.
+"""Measure the speed of training and greedy translation for different model sizes, sentence lengths and batch sizes.
 
     python benchmarks/growth.py --picture docs/growth.png
 
@@ -19,7 +19,7 @@ from peers import SIZES, ThisProject, count_tokens
 from workload import SyntheticPairs, describe_machine, markdown_table, time_interleaved, timing_parser
 
 VOCABULARY, BATCH_TOKENS, LENGTH, SIZE = 10_000, 4_096, 16, "tiny"
-# Quantities that vary, each with its cases: model size, sentence length, tokens in a batch.
+# For each varied quantity, its cases: (model size, sentence length, tokens in a batch).
 CASES = {
     "parameters (million)": [(name, LENGTH, BATCH_TOKENS) for name in SIZES],
     "sentence length": [(SIZE, length, BATCH_TOKENS) for length in (8, 16, 32, 64, 128, 256)],
@@ -29,14 +29,14 @@ TRAINING, TRANSLATION = "training", "greedy translation"
 
 
 def make_batch(length: int, tokens: int) -> dict:
-    """Sentences of one length, including [SOS] and [EOS]."""
+    """A batch of sentences that all have this length, including [SOS] and [EOS]."""
     pairs = SyntheticPairs(max(1, tokens // length), VOCABULARY, LENGTH)
     pairs.src_lengths[:], pairs.tgt_lengths[:] = length, length + 1
     return pairs[list(range(len(pairs)))]
 
 
 def measure(device: torch.device, rounds: int) -> pd.DataFrame:
-    """Columns quantity, value, task and tokens_per_second."""
+    """Speeds as a table with the columns quantity, value, task and tokens_per_second."""
     trained = {name: ThisProject(size, VOCABULARY, device) for name, size in SIZES.items()}
     decoded = {name: ThisProject(size, VOCABULARY, device) for name, size in SIZES.items()}
     for project in decoded.values():
@@ -75,7 +75,7 @@ def chart(measured: pd.DataFrame) -> alt.HConcatChart:
 
 def main() -> None:
     parser = timing_parser(__doc__)
-    parser.add_argument("--picture", default="", help="file for the chart, .png or .svg; empty: none")
+    parser.add_argument("--picture", default="", help="file for the chart, .png or .svg; empty: no chart")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     measured = measure(device, arguments.rounds)

@@ -1,4 +1,4 @@
-"""Multi30k, English to German: trains from scratch, selects on the validation set, evaluates once on the test set.
+"""Train on Multi30k, English to German, select on the validation set, and evaluate once on the test set.
 
     python benchmarks/multi30k.py --data FOLDER                            # one seed
     python benchmarks/multi30k.py --data FOLDER --seeds 1 2 3 --at-once 3  # three seeds at the same time on one GPU
@@ -31,7 +31,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 class Weights(NamedTuple):
     which: str  # best or latest
-    average: int  # number of epochs averaged
+    average: int  # number of epochs that are averaged
 
 
 class Search(NamedTuple):
@@ -41,7 +41,7 @@ class Search(NamedTuple):
 
 WEIGHTS = [Weights("best", 1), Weights("latest", 1), Weights("latest", 5), Weights("latest", 10)]
 SEARCHES = [Search(1, 0.6), *(Search(5, length_penalty) for length_penalty in (0.0, 0.6, 1.0, 1.4, 1.8, 2.4))]
-DEFAULT_SEARCH = Search(5, 0.6)  # with which the weights are compared
+DEFAULT_SEARCH = Search(5, 0.6)  # for comparing weights
 
 
 def corpus_flags(data: str, form: str) -> list[str]:
@@ -87,7 +87,7 @@ def log_file(run: Path) -> Path:
 
 
 def translate_split(run: Path, weights: Weights, search: Search, split: str) -> tuple[list[str], list[str], float]:
-    """Translations of a split, its references, and the seconds that translation took."""
+    """Translations of a split, its references, and the time in seconds."""
     translator = Translator.load(run, weights=weights.which, average=weights.average)
     pairs = load_split(translator.config, split)
     start = time.perf_counter()
@@ -96,7 +96,7 @@ def translate_split(run: Path, weights: Weights, search: Search, split: str) -> 
 
 
 def validation_bleu(runs: list[Path], tokenizer: str, weights: Weights, search: Search) -> float:
-    """Mean over the runs; prints a row of the table."""
+    """Validation BLEU, averaged over the runs; prints a row of the table."""
     bleus, seconds, sentences = [], 0.0, 0
     for run in runs:
         predicted, references, took = translate_split(run, weights, search, "validation")
@@ -118,10 +118,10 @@ def select(runs: list[Path], tokenizer: str) -> tuple[Weights, Search]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the corpus")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run is trained for each seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds; one run is trained for each")
     parser.add_argument("--at-once", type=int, default=1, help="runs trained at the same time (default: %(default)s)")
     parser.add_argument("--form", choices=["tok", "raw"], default="tok", help="form of the text (default: %(default)s)")
-    parser.add_argument("--runs", default="weights", help="folder in which the runs are stored (default: %(default)s)")
+    parser.add_argument("--runs", default="weights", help="folder for the runs (default: %(default)s)")
     parser.add_argument("flags", nargs="*", help="flags for train.py, after --")
     arguments = parser.parse_args(argv)
     tokenizer = "none" if arguments.form == "tok" else "13a"

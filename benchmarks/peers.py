@@ -3,8 +3,9 @@
     B  batch    S  source length    T  target length    V  vocabulary
 
 All implementations get the same batches (as `dataset.BilingualDataset` builds them), the same sizes, dropout of 0.1
-everywhere, label smoothing of 0.1, and one joint vocabulary with tied embeddings. Decoding uses random weights;
-each translation is as long as its reference, because [EOS] is made impossible before that length and certain at it.
+everywhere, label smoothing of 0.1, and one joint vocabulary. All but the tutorial's tie their embeddings. Decoding uses
+random weights; each translation is as long as its reference, because [EOS] is impossible before that length and certain
+at that length.
 """
 
 import math
@@ -30,7 +31,7 @@ from training.state import TrainingState
 from translate import CachedDecoder
 
 DROPOUT = SMOOTHING = 0.1
-INPUTS = ("encoder_input", "decoder_input", "label")  # the tensors of a batch that every implementation uses
+INPUTS = ("encoder_input", "decoder_input", "label")  # tensors of a batch that all implementations use
 IMPOSSIBLE = -1e9  # logit of a token that must not be generated
 TUTORIAL_LENGTH = 350  # the tutorial pads every sentence to this length
 TUTORIAL_BATCH = 8
@@ -42,12 +43,12 @@ TUTORIAL_BATCH = 8
 @dataclass(frozen=True)
 class ModelSize:
     d_model: int
-    layers: int  # in the encoder, and again in the decoder
+    layers: int  # of the encoder and of the decoder, each
     heads: int
     d_ff: int
 
     def flops(self, source_tokens: int, target_tokens: int, vocab_size: int) -> float:
-        """FLOPs of a training step in products with weights: 2 per weight and token forward, 4 backward."""
+        """FLOPs of a training step in multiplications with weights: 2 per weight and token forward, 4 backward."""
         attention, feed_forward = self.d_model**2, 2 * self.d_model * self.d_ff
         # The last term: keys and values of cross-attention are computed for each source token.
         source = self.layers * (4 * attention + feed_forward + 2 * attention)
@@ -68,7 +69,7 @@ def count_tokens(batches: list[dict]) -> tuple[int, int]:
 
 
 class ThisProject:
-    """This project: `train.train_step`, and its search with cached keys and values."""
+    """This project: `train.train_step`, and search with cached keys and values."""
 
     name = "this project"
 
@@ -99,7 +100,7 @@ class ThisProject:
         return train_step(self.state, self.loss_module, batches, self.config.lr, self.config).loss
 
     def prepare_for_decoding(self) -> str:
-        """Returns the precision of decoding."""
+        """Puts the model into evaluation mode and returns the precision of decoding."""
         forbid_eos(self.model.eval())
         precision = choose_precision(self.precision, self.state.device, self.model)
         if precision == "bf16":
@@ -111,9 +112,9 @@ class ThisProject:
 
 
 def search_with_limits(model: Transformer, source: Tensor, limits: Tensor, beam_size: int) -> list[list[int]]:
-    """Target ids for source ids (B, S), each translation at most as long as its limit (B,).
+    """Target ids for source ids (B, S); each translation is at most as long as its limit (B,).
 
-    `Translator.search` does not fit here: it derives the limits from the lengths of the sources.
+    `Translator.search` cannot be used, because it derives the limits from the source lengths.
     """
     decoder = CachedDecoder(model, source, int(limits.max()))
     if beam_size == 1:
@@ -122,6 +123,7 @@ def search_with_limits(model: Transformer, source: Tensor, limits: Tensor, beam_
 
 
 def forbid_eos(model: Transformer) -> None:
+    """Makes the model never end a translation before its limit."""
     with torch.no_grad():
         model.projection_layer.proj.bias[EOS] = IMPOSSIBLE
 
@@ -130,10 +132,10 @@ def forbid_eos(model: Transformer) -> None:
 
 
 class Tutorial:
-    """The tutorial's implementation.
+    """The tutorial's implementation, rebuilt from this project's modules, with separate embeddings.
 
-    It trains on batches of 8 sentences padded to 350 tokens, in fp32, with explicit attention. It decodes one sentence
-    at a time without a cache.
+    It trains on batches of 8 sentences padded to 350 tokens, in fp32, with explicit attention and PyTorch's dropout. It
+    decodes one sentence at a time without a cache.
     """
 
     name = "tutorial's implementation"
@@ -167,7 +169,7 @@ class Tutorial:
         return "fp32"
 
     def decode(self, source: Tensor, lengths: Tensor, beam_size: int) -> None:
-        """One sentence (1, S), greedily. Each step runs the whole decoder over all tokens so far."""
+        """Decodes one sentence (1, S) greedily. Each step runs the decoder over all tokens so far."""
         source = F.pad(source, (0, TUTORIAL_LENGTH - source.size(1)), value=PAD)
         mask = padding_mask(source)
         encoder_output = self.model.encode(source, mask)
@@ -203,7 +205,7 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
 
 
 class LibraryPeer:
-    """A model of a library, trained with fused AdamW and, on a GPU, with bf16 autocast."""
+    """A model from a library, trained with fused AdamW and, on a GPU, with bf16 autocast."""
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.model, self.device = model.to(device), device
@@ -221,7 +223,7 @@ class LibraryPeer:
         return update(self.optimizer, cross_entropy(logits, label))
 
     def logits(self, source: Tensor, target: Tensor) -> Tensor:
-        """Source (B, S) and target ids (B, T) to logits (B, T, V)."""
+        """Logits (B, T, V) for source ids (B, S) and target ids (B, T)."""
         raise NotImplementedError
 
 
@@ -338,7 +340,7 @@ class Marian(LibraryPeer):
 
 
 class MarianInBF16(Marian):
-    """The whole model cast to bf16, which takes a user one line."""
+    """Marian with the whole model cast to bf16, which takes one line of code."""
 
     name = "Marian (cast to bf16)"
 
@@ -362,7 +364,7 @@ class JoeyNMT(LibraryPeer):
         ids = {"unk_id": 0, "pad_id": PAD, "bos_id": SOS, "eos_id": EOS}
         words = [f"word{i}" for i in range(vocab_size - len(SPECIAL_TOKENS))]
         vocabulary = Vocabulary(words, SimpleNamespace(**special, **ids, lang_tags=[]))
-        stack = {  # the settings of the encoder, and of the decoder
+        stack = {  # the same settings for the encoder and the decoder
             "type": "transformer",
             "num_layers": size.layers,
             "num_heads": size.heads,
@@ -400,7 +402,7 @@ class JoeyNMT(LibraryPeer):
         return "fp32"
 
     def decode(self, source: Tensor, lengths: Tensor, beam_size: int) -> None:
-        """All translations get the maximum length, because JoeyNMT searches every sentence until the last one ends."""
+        """All translations get the maximum length, because JoeyNMT decodes all sentences until the last one ends."""
         from joeynmt.search import search
 
         batch, longest = self.make_batch(source, None), int(lengths.max())

@@ -1,4 +1,4 @@
-"""Learning curves in bf16 and in fp32, with the same seed and batches.
+"""Compare learning curves in bf16 and fp32, with the same seed and batches.
 
     python benchmarks/precision.py --data FOLDER --picture docs/precision.png -- --num-epochs 8
 
@@ -24,7 +24,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def learning_curves(run: Path, precision: str) -> pd.DataFrame:
-    """Columns precision, split, step and loss, in nats per target token."""
+    """The losses of a run, in nats per target token: precision, split, step, loss."""
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     rows = [
@@ -36,7 +36,7 @@ def learning_curves(run: Path, precision: str) -> pd.DataFrame:
 
 
 def chart(curves: pd.DataFrame) -> alt.Chart:
-    """Training loss as a running mean over 20 values, because it is noisy; validation loss as points."""
+    """Training loss, smoothed by a running mean over 20 values, as lines; validation loss as points."""
     curves = curves.copy()
     in_training = curves["split"] == "train"
     smooth = curves[in_training].groupby("precision")["loss"].transform(lambda losses: losses.rolling(20).mean())
@@ -65,8 +65,8 @@ def chart(curves: pd.DataFrame) -> alt.Chart:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the corpus")
-    parser.add_argument("--runs", default="weights", help="folder in which the runs are stored (default: %(default)s)")
-    parser.add_argument("--picture", default="", help="file for the chart, .png or .svg; empty: none")
+    parser.add_argument("--runs", default="weights", help="folder for the runs (default: %(default)s)")
+    parser.add_argument("--picture", default="", help="file for the chart, .png or .svg; empty: no chart")
     parser.add_argument("flags", nargs="*", help="flags for train.py, after --")
     arguments = parser.parse_args(argv)
     tables = []

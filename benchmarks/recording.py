@@ -2,8 +2,8 @@
 
     python benchmarks/recording.py
 
-Times training steps of the toy model with the project's attention, and with a version without the code for recording
-and intervening. Both alternate in one process. Prints medians, quartiles and the ratio of the medians.
+Times training steps of the toy model with the attention of model.py and with a version without that code. Both
+alternate in one process. Prints medians, quartiles and the ratio of the medians.
 """
 
 import argparse

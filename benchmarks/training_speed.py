@@ -1,12 +1,12 @@
-"""Training speed and memory of this project and its peers on the same batches and model sizes.
+"""Measure training speed and memory of this project and its peers on the same batches and model sizes.
 
     python benchmarks/training_speed.py --data FOLDER/train.lc.norm.tok   # aligned text, .en and .de
     python benchmarks/training_speed.py                                   # synthetic text, lengths as in news
     python benchmarks/training_speed.py --sizes base --vocabulary 30000 --batch-tokens 25000   # on a GPU
 
 Prints a table for each model size: target tokens per second (median over the rounds, padding not counted), the
-speedup of this project, peak memory, and model FLOP/s utilization (MFU): the share of the peak of matrix products,
-measured in the same run, that the products with weights reach. Peers that are not installed are skipped.
+speedup of this project, peak memory, and model FLOPs utilization (MFU): the FLOP/s of the matrix multiplications with
+weights, as a fraction of the peak measured in the same run. Peers that are not installed are skipped.
 """
 
 import multiprocessing
@@ -64,7 +64,7 @@ def main() -> None:
 def compare(
     size: ModelSize, batches: list[dict], vocab_size: int, rounds: int, device: torch.device, peaks: dict[str, float]
 ) -> str:
-    """A table of all installed implementations."""
+    """The table of all installed implementations."""
     implementations = [peer(size, vocab_size, device) for peer in [ThisProject, *PEERS] if is_installed(peer)]
     inputs = {
         each.name: [tutorial_batch(batches[0])] if type(each) is Tutorial else batches for each in implementations
@@ -91,7 +91,7 @@ def train(implementation, batches: list[dict]) -> None:
 
 
 def is_installed(peer: type) -> bool:
-    """Whether a small model of this peer can be built; if not, prints why."""
+    """Whether a small model of this peer can be built; if not, prints the reason."""
     try:
         peer(SIZES["tiny"], 100, torch.device("cpu"))
     except ImportError as error:
@@ -101,7 +101,7 @@ def is_installed(peer: type) -> bool:
 
 
 def tutorial_batch(batch: dict) -> dict:
-    """The first sentences of a batch, as many as the tutorial's batch size."""
+    """The first sentences of a batch, as many as the tutorial trains on at a time."""
     return {name: column[:TUTORIAL_BATCH] for name, column in batch.items()}
 
 
@@ -111,7 +111,7 @@ def tutorial_batch(batch: dict) -> dict:
 def peak_memory(
     implementation: type, size: ModelSize, vocab_size: int, batches: list[dict], device: torch.device
 ) -> float:
-    """Peak bytes of model, optimizer and training steps: allocated on a GPU, or resident in a new process."""
+    """Peak memory of model, optimizer and training steps in bytes: allocated on a GPU, or resident in a new process."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: batches of real or synthetic text, timing, command lines, machine description, tables.
+"""Shared code of the benchmarks: batches of real or synthetic text, timing, command lines, tables.
 
 B  batch    S  source length
 """
@@ -20,14 +20,14 @@ from config import Config, get_config
 from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, Batches, BilingualDataset, batch_of, get_ds
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MEAN_LENGTH = 27  # tokens in a synthetic sentence
+MEAN_LENGTH = 27  # mean number of tokens in a synthetic sentence
 
 
 # ---------------------------------------------------------------------------- batches
 
 
 class SyntheticPairs:
-    """Pairs of random token ids with lengths distributed as in text. `Batches` accepts it as a dataset."""
+    """Pairs of random token ids, with lengths distributed as in real text. `Batches` accepts it as a dataset."""
 
     def __init__(self, count: int, vocab_size: int, mean_length: float = MEAN_LENGTH, seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -47,7 +47,7 @@ class SyntheticPairs:
         return batch_of(encoder_input, target) | {"src_text": ["synthetic"] * len(positions)}
 
     def ids(self, lengths: np.ndarray) -> Tensor:
-        """(B, longest): [SOS], random tokens, [EOS], padding."""
+        """Random sentences of these lengths, (B, longest): [SOS], random tokens, [EOS], padding."""
         ids = self.rng.integers(len(SPECIAL_TOKENS), self.vocab_size, (len(lengths), lengths.max()))
         positions = np.arange(lengths.max())
         ids[:, 0] = SOS
@@ -57,7 +57,7 @@ class SyntheticPairs:
 
 
 def load_datasets(**settings) -> tuple[Config, BilingualDataset, BilingualDataset]:
-    """Config, training set and validation set of English-German text files."""
+    """Config, training set and validation set for English-German text files."""
     with tempfile.TemporaryDirectory() as folder:
         config = get_config("opus_books", **settings, lang_src="en", lang_tgt="de", run_dir=folder)
         train, validation, *_ = get_ds(config)
@@ -106,7 +106,7 @@ def decoding_batches(
 def time_interleaved(
     tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device, keep_warmup: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds that each task takes in each round, after one warm-up round.
+    """The time in seconds of each task in each round, after one warm-up round.
 
     Each round runs every task once, so that changes in the speed of a shared machine affect all tasks alike. With
     `keep_warmup` the first value is that of the warm-up round.
@@ -128,7 +128,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_peaks(device: torch.device) -> dict[str, float]:
-    """Measured peak FLOP/s of a product of two large matrices in each precision."""
+    """Measured peak FLOP/s of the multiplication of two large matrices, for each precision."""
     return {name: matrix_peak(device, dtype) for name, dtype in PRECISIONS.items()}
 
 
@@ -145,14 +145,16 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> fl
 def timing_parser(description: str, rounds: int = 3) -> argparse.ArgumentParser:
     """A parser with --rounds and --device."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="timed after a warm-up round (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help="rounds after the warm-up round (default: %(default)s)"
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cuda or cpu (default: CUDA if available)")
     return parser
 
 
 def describe_machine(device: torch.device) -> str:
-    """The GPU, or the processor with its number of threads and instruction set; and the version of PyTorch."""
+    """The GPU, or the processor with its number of threads and instruction set, and the version of PyTorch."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -164,7 +166,7 @@ def describe_machine(device: torch.device) -> str:
 
 def describe_peaks(peaks: dict[str, float]) -> str:
     values = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {precision}" for precision, peak in peaks.items())
-    return f"peak of matrix products: {values}"
+    return f"peak of matrix multiplications: {values}"
 
 
 def markdown_table(rows: list[list], header: list[str]) -> str:

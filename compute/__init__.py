@@ -1,1 +1,1 @@
-"""Device, precision, memory, fast operations and several processes."""
+"""Devices, precision, memory, fast operations and distributed training."""

@@ -1,4 +1,4 @@
-"""Where a model computes and how: device, precision, memory."""
+"""Choice of device and precision; memory management."""
 
 import ctypes
 import sys
@@ -8,9 +8,9 @@ from torch import nn
 
 from config import InputError
 
-# The smallest model, in parameters, that `auto` runs in bf16 on a CPU. The time of a training step relative to fp32
-# is 0.5 for the base model (49 million), 0.64 for Multi30k's (2.6 million) and 0.75 for the toy model (0.9 million),
-# which stays in fp32 so that it gives the same run on every CPU (benchmarks/README.md).
+# Number of parameters from which `auto` selects bf16 on a CPU. Relative to fp32, a training step in bf16 takes 0.5 of
+# the time with the base model (49 million parameters), 0.64 with the Multi30k model (2.6 million) and 0.75 with the toy
+# model (0.8 million), which stays in fp32 so that its runs do not depend on the CPU (benchmarks/README.md).
 BF16_MIN_PARAMETERS = 2_000_000
 
 
@@ -30,14 +30,14 @@ def get_device(name: str = "auto") -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, such as "NVIDIA A100-SXM4-40GB" or "8 threads"."""
+    """A description of the device, such as "NVIDIA A100-SXM4-40GB" or "8 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
 
 
 def runs_asynchronously(device: torch.device) -> bool:
-    """Whether reading a tensor's value makes the host wait for the kernels queued before it."""
+    """Whether kernels are queued, so that reading a tensor's value makes the host wait for all earlier ones."""
     return device.type == "cuda"
 
 
@@ -45,7 +45,10 @@ def runs_asynchronously(device: torch.device) -> bool:
 
 
 def choose_precision(requested: str, device: torch.device, model: nn.Module) -> str:
-    """fp32 or bf16. `auto` is bf16 if the device supports it natively and, on a CPU, the model is large enough."""
+    """fp32 or bf16. `auto` is bf16 if the device supports it natively and, on a CPU, the model is large enough.
+
+    Apple GPUs get fp32. Raises InputError for an unknown precision.
+    """
     if requested not in ("auto", "fp32", "bf16"):
         raise InputError(f"no precision {requested!r}; choose one of auto, fp32, bf16")
     if requested != "auto":
@@ -63,7 +66,7 @@ def cpu_supports_bf16() -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context in which matrix products run in bf16 if `precision` is "bf16"."""
+    """A context in which matrix multiplications run in bf16 if `precision` is "bf16"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -71,10 +74,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory of large tensors for the next ones instead of returning it to the system.
+    """Makes glibc reuse the memory of freed large tensors instead of returning it to the system.
 
-    Otherwise each large tensor is mapped and faulted in page by page. On a CPU this speeds up beam search (beam 5) by
-    1.4 and a training step of the Multi30k model by 1.15. No effect with other C libraries.
+    Otherwise each large tensor is mapped and faulted in page by page. On a CPU this speeds up beam search (beam 5) by a
+    factor of 1.4 and a training step of the Multi30k model by 1.15. No effect with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -84,7 +87,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes allocated on a GPU, or resident in this process on a CPU; 0 where the system does not report it."""
+    """Peak memory in bytes: allocated on the GPU, or resident on a CPU; 0 where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

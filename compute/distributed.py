@@ -1,4 +1,4 @@
-"""Data-parallel training with several processes: torchrun --nproc-per-node N train.py …
+"""Data-parallel training in several processes: torchrun --nproc-per-node N train.py …
 
 torchrun sets the rank of each process and the number of processes (the world size) in the environment.
 Without torchrun there is one process, and torch.distributed is never called.
@@ -32,12 +32,12 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prepares data, writes files and prints."""
+    """Whether this process has rank 0: it prepares the data, writes files and prints."""
     return rank() == 0
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The GPU of this process on its machine. Raises InputError if there are fewer GPUs than processes."""
+    """The GPU that belongs to this process. Raises InputError if its machine has fewer GPUs than processes."""
     if world_size() == 1 or device.type != "cuda":
         return device
     processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -49,9 +49,9 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the processes while the block runs; GPU tensors are exchanged through NCCL, others through gloo.
+    """Context with a process group, which exchanges GPU tensors through NCCL and others through gloo.
 
-    If another process dies, this one raises InputError; the cause is in the output of the other.
+    If another process dies, this one raises InputError; the cause is in the output of the other one.
     """
     if world_size() == 1:
         yield
@@ -73,7 +73,7 @@ def process_group() -> Iterator[None]:
 
 
 def first_then_others(work: Callable[[], T]) -> T:
-    """Runs `work` in the first process, then in the others, which find the files that the first has written.
+    """Calls `work` in the first process, then in the others, which reuse the files that the first has written.
 
     If it raises InputError in the first process, that process reports it and the others exit without a message.
     """
@@ -93,19 +93,19 @@ def first_then_others(work: Callable[[], T]) -> T:
 
 
 def averaging_gradients(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module; with several processes wrapped so that its backward pass averages gradients over them."""
+    """The module, wrapped in DistributedDataParallel if there are several processes."""
     if world_size() == 1:
         return module
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def without_averaging(module: nn.Module) -> contextlib.AbstractContextManager:
-    """Context in which gradients accumulate locally: for all but the last batch of an optimizer step."""
+    """Context in which gradients accumulate without communication: for all but the last batch of a step."""
     return contextlib.nullcontext() if world_size() == 1 else module.no_sync()
 
 
 def broadcast(value: T) -> T:
-    """The value of the first process, in all of them. Blocks until every process has called it."""
+    """The first process's value, in every process. Blocks until every process has called it."""
     if world_size() == 1:
         return value
     values = [value]
@@ -114,7 +114,7 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, ordered by rank, in all of them."""
+    """The values of all processes, ordered by rank. Blocks until every process has called it."""
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
@@ -139,7 +139,7 @@ def all_reduce(number: Number, operation: str) -> Number:
 
 
 def own_counts(batches: int, accumulation: int) -> Iterator[int]:
-    """The number of batches that this process trains on in each optimizer step, of `batches` in all.
+    """For each optimizer step of an epoch with `batches` batches, how many of them this process trains on.
 
     A step takes accumulation x world size batches; in the last step of an epoch a process may have none.
     """
@@ -149,7 +149,11 @@ def own_counts(batches: int, accumulation: int) -> Iterator[int]:
 
 
 def own_batches(batches: Iterable[T], accumulation: int) -> Iterator[T]:
-    """The batches that this process trains on; in a step without any, a dummy batch to take part with."""
+    """The batches that this process trains on.
+
+    In a step that has none for it, the last batch of the step is repeated as a dummy, because every process must run
+    a backward pass for the gradients to be exchanged.
+    """
     batches = iter(batches)
-    while group := list(islice(batches, accumulation * world_size())):
-        yield from group[rank() :: world_size()] or group[-1:]
+    while step := list(islice(batches, accumulation * world_size())):
+        yield from step[rank() :: world_size()] or step[-1:]

@@ -1,6 +1,7 @@
-"""Operations in two versions: the plain formula, and a faster one that computes the same.
+"""Operations in two versions: a plain reference, and a faster equivalent.
 
-    N  target tokens    D  d_model    V  target vocabulary
+    N  target tokens, or rows of logits    D    d_model        B  batch    Q  query positions
+    V  target vocabulary                   d_k  head size      H  heads
 
 Code that trades clarity for speed is kept here; the tests compare each fast version with its plain one.
 """
@@ -16,20 +17,20 @@ from torch.autograd.function import once_differentiable
 def plain_loss(x: Tensor, projection: nn.Linear, label: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy of softmax(x W^T + b), summed over the tokens, in nats: x (N, D), label (N,) -> ().
 
-    Label smoothing moves the share `smoothing` of the target distribution from the label to all V tokens evenly
-    (Vaswani et al., 2017, section 5.4; Szegedy et al., 2016, section 7).
+    Label smoothing moves the probability mass `smoothing` from the label to all V tokens evenly (Vaswani et al., 2017,
+    section 5.4; Szegedy et al., 2016, section 7).
     """
     return F.cross_entropy(projection(x), label, label_smoothing=smoothing, reduction="sum")
 
 
 def fused_loss(x: Tensor, projection: nn.Linear, label: Tensor, smoothing: float) -> Tensor:
-    """`plain_loss` in chunks of a few hundred tokens, so that the (N, V) logits are never in memory as a whole.
+    """`plain_loss` in chunks of a few hundred tokens, so that the (N, V) logits are never materialized as a whole.
 
     The gradient of a chunk's logits, softmax - target, is computed and consumed in the forward pass. Under
     autocast the logits have its dtype; the loss and the sums over chunks stay in fp32.
     """
     tensors = x, projection.weight, projection.bias
-    if not torch.is_grad_enabled():  # otherwise the gradients would be computed anyway
+    if not torch.is_grad_enabled():  # in `forward`, needs_input_grad is set even under no_grad
         tensors = (tensor.detach() for tensor in tensors)
     device = x.device.type
     logits_type = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -37,9 +38,9 @@ def fused_loss(x: Tensor, projection: nn.Linear, label: Tensor, smoothing: float
         return _FusedLoss.apply(*tensors, label, smoothing, logits_type)
 
 
-# Logits per chunk. On a CPU a chunk fits the cache: 147 ms instead of 201 for 1,875 tokens and a vocabulary of 10,000.
+# Logits per chunk. A chunk fits into a CPU's cache: 147 ms instead of 201 for 1,875 tokens and a vocabulary of 10,000.
 LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 28, "mps": 1 << 26}
-# GPU matrix units work on whole tiles: the vocabulary is padded with unused rows to a multiple of this.
+# Tensor cores work on whole tiles: the vocabulary is padded with unused rows to a multiple of this.
 VOCABULARY_MULTIPLE = {"cpu": 1, "cuda": 64, "mps": 1}
 
 
@@ -47,38 +48,38 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, label: Tensor, smoothing: float, dtype) -> Tensor:
         V, device = len(weight), x.device.type
-        exact = torch.promote_types(x.dtype, torch.float)
+        sum_type = torch.promote_types(x.dtype, torch.float)
         x_cast, w, b = x.to(dtype), weight.to(dtype), bias.to(dtype)
         if padding := -V % VOCABULARY_MULTIPLE[device]:
             w, b = F.pad(w, (0, 0, 0, padding)), F.pad(b, (0, padding), value=-torch.inf)
         chunk = max(1, LOGITS_PER_CHUNK[device] // V)
-        log_z = x.new_zeros((), dtype=exact)  # sum over tokens of the log of the softmax's denominator
+        log_z = x.new_zeros((), dtype=sum_type)  # sum over tokens of the log of the softmax's denominator
         log_p_label = log_z.clone()  # sum over tokens of the label's log-probability
         needs_gradients = any(ctx.needs_input_grad)
         if needs_gradients:
             dx, dweight, dbias = [], weight.new_zeros(w.shape), bias.new_zeros(b.shape)
         for x_, label_ in zip(x_cast.split(chunk), label.split(chunk), strict=True):
-            logits = F.linear(x_, w, b)  # (n, V)
+            logits = F.linear(x_, w, b)  # (n, V) for the n tokens of the chunk
             p = logits.softmax(1)
             # The largest probability is at least 1 / V, so the logarithm is safe.
-            log_denominator = logits.amax(1).to(exact) - p.amax(1).to(exact).log()  # (n,)
+            log_denominator = logits.amax(1).to(sum_type) - p.amax(1).to(sum_type).log()  # (n,)
             at_label = torch.arange(len(x_), device=x.device), label_
             log_z += log_denominator.sum()
-            log_p_label += (logits[at_label].to(exact) - log_denominator).sum()
+            log_p_label += (logits[at_label].to(sum_type) - log_denominator).sum()
             if needs_gradients:  # softmax - target, without the uniform part of the target
                 gradient = p
                 gradient[at_label] -= 1 - smoothing
                 dx.append(gradient @ w)
                 dweight += gradient.T @ x_
                 dbias += gradient.sum(0)
-        # The uniform part of the target, smoothing / V, is the same for every token. Its share of the loss and of the
+        # The uniform part of the target, smoothing / V, is the same for every token. What it adds to the loss and the
         # gradients follows from sums over the vocabulary, without another pass over the logits.
-        uniform, x_sum, weight_sum = smoothing / V, x.sum(0, dtype=exact), weight.sum(0)
+        uniform, x_sum, weight_sum = smoothing / V, x.sum(0, dtype=sum_type), weight.sum(0)
         if needs_gradients:
             dx = torch.cat(dx).to(x.dtype) - uniform * weight_sum
             ctx.save_for_backward(dx, dweight[:V].sub_(uniform * x_sum), dbias[:V].sub_(uniform * len(x)))
-        spread = smoothing * log_z - uniform * ((x_sum * weight_sum).sum() + len(x) * bias.sum())
-        return spread - (1 - smoothing) * log_p_label
+        uniform_loss = smoothing * log_z - uniform * ((x_sum * weight_sum).sum() + len(x) * bias.sum())
+        return uniform_loss - (1 - smoothing) * log_p_label
 
     @staticmethod
     @once_differentiable
@@ -100,28 +101,28 @@ def plain_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def fast_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`plain_top` in two stages: the k largest logits lie in the k blocks with the largest maxima.
 
-    On a CPU topk and argmax are scalar loops and amax is vectorized, so this takes 0.4 ms instead of 2.3 (200 rows of
-    10,000 logits, k = 1) and 1.5 ms instead of 2.7 (k = 10). The order among equal logits is unspecified.
+    On a CPU, topk and argmax are scalar loops and amax is vectorized, so this takes 0.4 ms instead of 2.3 (200 rows of
+    10,000 logits, k = 1) and 1.5 ms instead of 2.7 (k = 10). The order of equal logits is unspecified.
     """
     blocks = logits.size(1) // BLOCK
     if logits.device.type != "cpu" or blocks < 4 * k:
         return plain_top(logits, k)
     body, tail = logits[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)), logits[:, blocks * BLOCK :]
-    _, chosen = body.amax(-1).topk(k)  # (N, k), indices of blocks
-    candidates = body.gather(1, chosen.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1)  # (N, k * BLOCK)
-    indices = (chosen.unsqueeze(-1) * BLOCK + torch.arange(BLOCK)).flatten(1)
+    _, best_blocks = body.amax(-1).topk(k)  # (N, k)
+    candidates = body.gather(1, best_blocks.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1)  # (N, k * BLOCK)
+    indices = (best_blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK)).flatten(1)
     indices = torch.cat([indices, torch.arange(blocks * BLOCK, logits.size(1)).expand(len(logits), -1)], 1)
     values, positions = torch.cat([candidates, tail], 1).topk(k)
     return values, indices.gather(1, positions)
 
 
-# ---------------------------------------------------------------------------- matrix products in bf16
+# ---------------------------------------------------------------------------- linear layers in bf16
 
 
 class BF16Linear(nn.Module):
-    """An `nn.Linear` that computes in bf16, for inference: weights are cast once, inputs and outputs at each call.
+    """An `nn.Linear` that computes in bf16, for inference: weights are cast once, inputs and outputs in each call.
 
-    `torch.autocast` gives the same numbers, but casts the weights at every call.
+    `torch.autocast` gives the same numbers, but casts the weights in every call.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -136,7 +137,7 @@ class BF16Linear(nn.Module):
 
 
 def use_bf16_products(model: nn.Module) -> None:
-    """Replaces every nn.Linear by a BF16Linear; attention, norms and the residual stream keep their dtype."""
+    """Replaces every nn.Linear with a BF16Linear; attention, norms and the residual stream keep their dtype."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
@@ -149,8 +150,8 @@ def use_bf16_products(model: nn.Module) -> None:
 class Dropout(nn.Module):
     """In training, zeroes activations with probability p and scales the rest by 1 / (1 - p) (Srivastava et al., 2014).
 
-    On a CPU PyTorch draws a float per element on one thread: 5.8 ms for 2,048 x 128. Drawing a byte per element
-    takes 0.6 ms; p is then rounded to a multiple of 1/256, and the scale accordingly.
+    On a CPU, PyTorch draws one float per element on one thread: 5.8 ms for 2,048 x 128. Drawing one byte per element
+    takes 0.6 ms; p is then rounded to a multiple of 1/256, and the scale is adapted.
     """
 
     def __init__(self, p: float):
@@ -178,15 +179,15 @@ def byte_mask(x: Tensor, p: float) -> Tensor:
     )
 
 
-# ---------------------------------------------------------------------------- which attention kernel
+# ---------------------------------------------------------------------------- choice of the attention kernel
 
 FEW_QUERIES = 8  # a decoding step has one query position, or one per hypothesis of a beam
 
 
 def fused_attention_is_faster(query: Tensor, dropout: float, is_training: bool) -> bool:
-    """Whether PyTorch's fused kernel beats the written-out softmax(Q K^T) V for queries (B, H, Q, d_k).
+    """Whether PyTorch's fused kernel is faster than explicit attention for queries (B, H, Q, d_k).
 
-    On a CPU the fused kernel draws dropout on one thread, is several times slower in bf16, and 1.2 to 1.9 times
+    On a CPU, the fused kernel draws dropout on one thread, is several times slower in bf16, and 1.2 to 1.9 times
     slower for a single query (benchmarks/README.md).
     """
     if query.device.type != "cpu":

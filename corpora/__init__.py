@@ -1,1 +1,1 @@
-"""Sentence pairs: files, the Hub and the embedded toy grammar."""
+"""Sentence pairs from files, the Hugging Face Hub and the embedded toy grammar."""

@@ -1,4 +1,4 @@
-"""Corpora: loads the sentence pairs of any kind of source, and splits them into training and validation.
+"""Loads sentence pairs from any supported source, and splits them into training and validation.
 
 `load_pairs` loads one source: the toy corpus, a local file, two aligned text files, or a Hub dataset. `load_split`
 chooses the source for training, validation or test, and splits it where needed.
@@ -22,12 +22,12 @@ from huggingface_hub import constants as hub_constants
 from config import Config, InputError
 from corpora.toy import LANGUAGES, SPLIT_SIZES, toy_pairs
 
-DATA_VERSION = 1  # increase when reading or encoding changes: the cache of `datasets` does not notice code changes
+DATA_VERSION = 1  # increment when reading or encoding changes: the cache of `datasets` does not detect code changes
 LOCAL_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
-PARQUET_ROWS = 1_000  # rows of a Parquet file in memory at a time
+PARQUET_ROWS = 1_000  # rows read at a time
 HUB_TIMEOUT = 10  # seconds
-MAX_VALIDATION_PAIRS = 10_000  # pairs split off for validation at most
-VALIDATION_BLOCKS = 100  # blocks of consecutive pairs that a large corpus's validation set consists of
+MAX_VALIDATION_PAIRS = 10_000  # maximum number of pairs split off for validation
+VALIDATION_BLOCKS = 100  # number of blocks of consecutive pairs in the validation set of a large corpus
 COMPARED_PAIRS = 10_000  # training pairs compared with the validation set at a time
 
 
@@ -57,6 +57,7 @@ def load_pairs(source: str, config: Config) -> datasets.Dataset:
 
 
 def load_toy(split: str, config: Config) -> datasets.Dataset:
+    """A split of the toy corpus. Raises InputError for a language or split that it does not have."""
     for lang in (config.lang_src, config.lang_tgt):
         if lang not in LANGUAGES:
             raise InputError(f"the toy corpus has no language {lang!r}; it has {', '.join(LANGUAGES)}")
@@ -70,14 +71,14 @@ def load_toy(split: str, config: Config) -> datasets.Dataset:
 
 
 def load_file(path: Path, config: Config) -> datasets.Dataset:
-    """A .tsv, .csv, .jsonl or .parquet file."""
+    """The pairs of a .tsv, .csv, .jsonl or .parquet file."""
     if not path.is_file():
         raise InputError(f"no file {path}; give the path of a corpus, or --datasource toy")
     return load_cached(read_rows, [path], config)
 
 
 def load_aligned(prefix: str, config: Config) -> datasets.Dataset:
-    """Two text files with one sentence per line: PREFIX.en and PREFIX.it."""
+    """The pairs of two text files with one sentence per line, such as PREFIX.en and PREFIX.it."""
     paths = [Path(f"{prefix}.{lang}") for lang in (config.lang_src, config.lang_tgt)]
     check_aligned(paths)
     return load_cached(read_aligned, paths, config)
@@ -103,7 +104,7 @@ def load_cached(read: Callable[..., Iterator[dict]], paths: list[Path], config: 
 
     A file is read again only if its path, size or modification time has changed.
     """
-    # A tuple, because `datasets` would split a list into shards.
+    # A tuple, because `datasets` treats a list as shards.
     files = tuple((os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     arguments = {"files": files, "languages": (config.lang_src, config.lang_tgt), "version": DATA_VERSION}
     features = datasets.Features({"src": datasets.Value("string"), "tgt": datasets.Value("string")})
@@ -130,9 +131,9 @@ def read_text_file(path: str | Path) -> Iterator[str]:
 
 
 def read_lines(file: Iterable[bytes], name: str) -> Iterator[str]:
-    """The lines of a binary file without line endings and byte-order mark. Only a newline ends a line.
+    """The lines of a binary file, without line endings and byte-order mark. Only a newline ends a line.
 
-    Raises InputError at the first line that is not UTF-8; `name` is the file's name in that message.
+    Raises InputError at the first line that is not UTF-8; the message names the file `name`.
     """
     for number, line in enumerate(file, start=1):
         try:
@@ -151,9 +152,9 @@ def read_rows(files: tuple[tuple, ...], languages: tuple[str, str], version: int
 
 
 def read_table(path: str, languages: tuple[str, str]) -> Iterator[dict]:
-    """Rows of a .csv, or of a .tsv without quoting.
+    """The rows of a .csv file, or of a .tsv file, which has no quoting.
 
-    A first row that contains a language's name is a header. Without one, the first column is the source.
+    A first row that contains a language code is a header. Without a header, the first column is the source.
     """
     lines = read_text_file(path)
     is_csv = path.endswith(".csv")
@@ -192,7 +193,7 @@ def read_parquet(path: str, languages: tuple[str, str]) -> Iterator[dict]:
 def text_of(row: dict, lang: str, where: str) -> str:
     """The text in one language of a row {"en": …} or {"translation": {"en": …}}; null counts as blank.
 
-    Raises InputError, which begins with `where`, if the row lacks the language or the text is not a string.
+    Raises InputError if the row lacks the language or the text is not a string; the message begins with `where`.
     """
     texts = row.get("translation", row) if isinstance(row, dict) else {}
     texts = texts if isinstance(texts, dict) else {}
@@ -243,7 +244,7 @@ def load_hub(name: str, split: str, config: Config) -> datasets.Dataset:
 
 
 def hub_has(name: str) -> bool:
-    """Whether the Hub answers that it has this dataset. The loader itself would retry for half a minute."""
+    """Whether the Hub can be reached and has this dataset. `load_dataset` itself would retry for half a minute."""
     try:
         HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
     except Exception:  # no network, no such dataset, no access: the error classes differ between versions
@@ -252,7 +253,10 @@ def hub_has(name: str) -> bool:
 
 
 def hub_subset(name: str, config: Config) -> str:
-    """The subset for the language pair in either order, such as en-it of opus_books; or the only subset."""
+    """The subset for the language pair in either order, such as en-it of opus_books; otherwise the only subset.
+
+    Raises InputError if there are several subsets and none is for the pair.
+    """
     subsets = datasets.get_dataset_config_names(name)
     wanted = [f"{config.lang_src}-{config.lang_tgt}", f"{config.lang_tgt}-{config.lang_src}"]
     for subset in wanted:
@@ -267,10 +271,10 @@ def hub_subset(name: str, config: Config) -> str:
 
 
 def load_split(config: Config, split: str) -> datasets.Dataset:
-    """The pairs of `train`, `validation` or `test`.
+    """The pairs of the split `train`, `validation` or `test`.
 
     Without a validation source, a random part of the training source is split off. It depends only on the seed, the
-    fraction and the number of pairs. Tokenizers are trained after the split, on the training part alone.
+    fraction and the number of pairs. Raises InputError if there is no such split, or too few pairs to split.
     """
     if split == "test":
         if not config.test_source:
@@ -297,11 +301,11 @@ def load_split(config: Config, split: str) -> datasets.Dataset:
 
 
 def split_in_blocks(pairs: datasets.Dataset, rng: np.random.Generator, split: str) -> datasets.Dataset:
-    """Splits a large corpus: validation is VALIDATION_BLOCKS random blocks of consecutive pairs, training the rest.
+    """Splits a large corpus: VALIDATION_BLOCKS random blocks of consecutive pairs are for validation.
 
     Both parts are then slices of the corpus, and neither needs a list of all its rows.
     """
-    block = MAX_VALIDATION_PAIRS // VALIDATION_BLOCKS  # pairs
+    block = MAX_VALIDATION_PAIRS // VALIDATION_BLOCKS  # pairs per block
     starts = np.sort(rng.choice(len(pairs) // block, VALIDATION_BLOCKS, replace=False)) * block
     ends = [0, *(end for start in starts.tolist() for end in (start, start + block)), len(pairs)]
     slices = list(pairwise(ends))[1::2] if split == "validation" else list(pairwise(ends))[::2]
@@ -309,12 +313,12 @@ def split_in_blocks(pairs: datasets.Dataset, rng: np.random.Generator, split: st
 
 
 def count_shared(train: datasets.Dataset, validation: datasets.Dataset) -> int:
-    """How many distinct validation pairs also occur in the training set; they make validation scores too high."""
+    """The number of distinct validation pairs that also occur in the training set and inflate validation scores."""
     validation_pairs = set(zip(validation["src"], validation["tgt"], strict=True))
     sources = pa.array({src for src, _ in validation_pairs})
     shared = set()
     for batch in train.with_format("arrow").iter(batch_size=COMPARED_PAIRS):
-        candidates = batch.filter(pc.is_in(batch["src"], sources))  # few, so few become Python strings
+        candidates = batch.filter(pc.is_in(batch["src"], sources))  # only these become Python strings
         texts = zip(candidates["src"].to_pylist(), candidates["tgt"].to_pylist(), strict=True)
         shared |= validation_pairs.intersection(texts)
     return len(shared)

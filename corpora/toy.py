@@ -7,8 +7,8 @@ three languages. Every word carries the *role* it plays in the meaning, such as 
 languages with the same role are aligned.
 
 Every validation and test sentence contains a held-out pairing (a verb with its object, or an adjective with its
-noun) that occurs in no training sentence, while every single word occurs in training. A model that only memorizes
-training sentences therefore cannot translate them.
+noun) that occurs in no training sentence, while each of its words does. A model that only memorizes training sentences
+therefore cannot translate them.
 """
 
 import random
@@ -155,12 +155,12 @@ in_the_morning | di_mattina | am_Morgen
 
 ANIMAL_VERBS = {"eat", "drink", "see", "find", "look_for", "love", "hear", "carry", "sleep", "swim", "work"}
 
-# Subject pronouns are numbered 0 to 5: I you he she we they. Italian drops them.
+# Subject pronouns are numbered 0 to 5: I, you, he, she, we, they. Italian drops them.
 SUBJECT_PRONOUNS = {"en": ("I", "you", "he", "she", "we", "they"), "de": ("ich", "du", "er", "sie", "wir", "sie")}
-# Conjugations have five persons: I, you, he or she or a singular noun, we, they or a plural noun.
+# Verbs have forms for five persons: I; you; he, she or a singular noun; we; they or a plural noun.
 PERSON_OF_PRONOUN = (0, 1, 2, 2, 3, 4)
 THIRD_SINGULAR, THIRD_PLURAL = 2, 4
-# Object pronouns are numbered 0 to 2: him her them.
+# Object pronouns are numbered 0 to 2: him, her, them.
 OBJECT_PRONOUNS = {"en": ("him", "her", "them"), "it": ("lo", "la", "li"), "de": ("ihn", "sie", "sie")}
 # Italian forms as in ADJECTIVE_TABLE, German stem.
 POSSESSIVES = {
@@ -210,7 +210,7 @@ class Expression(NamedTuple):
 
 
 def _parse_table(table: str) -> list[list[list[str]]]:
-    """Rows of cells of words."""
+    """A list of rows; each is a list of cells, each a list of words."""
     return [[cell.split() for cell in line.split("|")] for line in table.strip().splitlines()]
 
 
@@ -220,7 +220,7 @@ def _noun(en, it, de, kind) -> Noun:
 
 
 def _verb(en, it, de, kinds=()) -> Verb:
-    plural = de[1] + "n" if de[1] == "sollte" else de[0]  # wir and sie take the same form as the infinitive
+    plural = de[1] + "n" if de[1] == "sollte" else de[0]  # with wir and sie, the form is that of the infinitive
     return Verb(tuple(en), tuple(it), (*de, plural, plural), tuple(kinds))
 
 
@@ -253,10 +253,10 @@ class NounPhrase(NamedTuple):
 
 @dataclass(frozen=True)
 class Clause:
-    """The meaning of one sentence. A pronoun is its number in SUBJECT_PRONOUNS or OBJECT_PRONOUNS."""
+    """The meaning of one sentence. A pronoun is given by its number in SUBJECT_PRONOUNS or OBJECT_PRONOUNS."""
 
     subject: int | NounPhrase
-    verb: Verb | None = None  # None: a form of to be, followed by `predicate`
+    verb: Verb | None = None  # None: a form of *to be*, followed by `predicate`
     object: int | NounPhrase | None = None
     predicate: Adjective | None = None
     modal: Verb | None = None
@@ -271,7 +271,7 @@ class Clause:
         return PERSON_OF_PRONOUN[self.subject] if isinstance(self.subject, int) else self.subject.person
 
     def pairings(self) -> set[Pairing]:
-        """All pairings in this sentence."""
+        """The pairings that occur in this sentence, held out or not."""
         phrases = [p for p in (self.subject, self.object) if isinstance(p, NounPhrase)]
         found = {(p.adjective.en, p.noun.en[0]) for p in phrases if p.adjective}
         if isinstance(self.object, NounPhrase):
@@ -343,7 +343,7 @@ def _english_modal(clause: Clause, do: str) -> tuple[RoleWords, RoleWords]:
 
 
 def _italian_article(determiner: str, next_word: str, gender: str, plural: bool) -> str:
-    """The form of a determiner that fits the next word: lo zaino, l'uomo, gli amici, un'arancia."""
+    """The form of a determiner before a word: lo zaino, l'uomo, gli amici, un'arancia."""
     vowel = next_word[0] in "aeiou"
     takes_lo = gender == "m" and re.match(r"z|s[^aeiou]", next_word) is not None
     if determiner == "the":
@@ -359,7 +359,7 @@ def _italian_article(determiner: str, next_word: str, gender: str, plural: bool)
 
 
 def _italian_form(gender: str, plural: bool) -> int:
-    """Which of an adjective's four forms agrees."""
+    """The index of the form of an adjective that agrees in gender and number."""
     return (gender == "f") + 2 * plural
 
 
@@ -422,7 +422,7 @@ def _german_phrase(phrase: NounPhrase | int, role: str, negated: bool = False) -
         determiner, ending = "dies" + strong, weak
     elif phrase.determiner in ("two", "some"):
         determiner, ending = {"two": "zwei", "some": "einige"}[phrase.determiner], "e"
-    else:  # ein and mein have no ending in some cases; the adjective then takes the strong one
+    else:  # ein and mein have no ending in some cases; the adjective then takes the strong ending
         stem = "ein" if phrase.determiner == "a" else POSSESSIVES[phrase.determiner][1]
         if negated and stem == "ein":
             stem, determiner_role = "kein", f"{determiner_role} negation"

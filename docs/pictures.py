@@ -1,10 +1,10 @@
-"""Makes the pictures of README.md and docs/ from a trained toy run.
+"""Draw the figures of README.md and docs/ from a trained toy run.
 
     python docs/pictures.py --run-dir weights/toy.en-it --variants weights/toy.en-de/variants.csv
 
 The CSV is written by `python experiments.py "I can eat an apple." --run-dir weights/toy.en-de --split test
---sentences 1000 --csv weights/toy.en-de/variants.csv`; without --variants the bars are left as they are.
-The screenshot of the explorer needs Chromium.
+--sentences 1000 --csv weights/toy.en-de/variants.csv`; without --variants, variants.png is not drawn again. The
+screenshot of the explorer needs Chromium.
 """
 
 import argparse
@@ -41,7 +41,7 @@ BLUE, GREEN, PURPLE = "#3b6fb6", "#2e8b6f", "#8e6bb0"
 def learning_curve(run_dir: Path, target_tokens: int) -> alt.HConcatChart:
     """Training loss every ten steps; validation loss, BLEU and exact match after each epoch.
 
-    The dashed line is the lowest training loss that label smoothing allows with a vocabulary of `target_tokens`.
+    The dashed line is the lower bound of the label-smoothed loss for a vocabulary of `target_tokens`.
     """
     smoothing = json.loads((run_dir / "config.json").read_text())["label_smoothing"]
     events = EventAccumulator(str(run_dir / "tensorboard"))
@@ -86,14 +86,14 @@ def learning_curve(run_dir: Path, target_tokens: int) -> alt.HConcatChart:
 
 
 def smoothed_entropy(smoothing: float, classes: int) -> float:
-    """Entropy in nats of a label-smoothed target, which no cross-entropy with it is below."""
+    """Entropy in nats of a label-smoothed target distribution: the lower bound of the cross-entropy."""
     rest = smoothing / classes
     label = 1 - smoothing + rest
     return -label * math.log(label) - (classes - 1) * rest * math.log(rest)
 
 
 def plain(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
-    """One font, light grid, no frame."""
+    """The chart with one font, a light grid and no frame."""
     axis = {"labelFont": SANS, "titleFont": SANS, "labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal"}
     colors = {"labelColor": GRAY, "titleColor": GRAY, "gridColor": "#e6e9ec", "domainColor": LINE, "tickColor": LINE}
     title = {"font": SANS, "fontSize": 14, "color": TEXT}
@@ -136,9 +136,9 @@ def variant_bars(path: Path) -> alt.HConcatChart:
 def decoding_frame(traced: AttentionTrace, step: int) -> alt.LayerChart:
     """The translation up to a step, the cross-attention so far and the most probable next tokens.
 
-    Attention is the mean over the heads of the last layer; a row per step, a column per source token.
+    Attention is averaged over the heads of the last layer: one row per step, one column per source token.
     """
-    attention = traced.weights["cross"][-1].mean(0)  # (T, S)
+    attention = traced.weights["cross"][-1].mean(0)  # (T, S): target and source tokens
     T, S = attention.shape
     size, left, top = 20, 180, 106  # side of a cell, corner of the heat map
     right, bars = left + size * S, left + size * S + 60
@@ -171,7 +171,7 @@ def decoding_frame(traced: AttentionTrace, step: int) -> alt.LayerChart:
 
 
 def save_decoding(traced: AttentionTrace, path: Path, seconds: float = 0.9) -> None:
-    """The frames as an animated GIF that rests on the last one."""
+    """Writes the frames as an animated GIF that pauses on the last one."""
     frames = [pixels(decoding_frame(traced, step)) for step in range(len(traced.next_tokens))]
     palette = frames[-1].quantize(128)
     first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
@@ -183,7 +183,7 @@ def save_decoding(traced: AttentionTrace, path: Path, seconds: float = 0.9) -> N
 
 
 def save_explorer(traced: AttentionTrace, path: Path, chromium: str) -> None:
-    """A screenshot of the page that visualize.py --html writes, without its white margin."""
+    """Writes a screenshot of the page of visualize.py --html, cropped to its content."""
     with tempfile.TemporaryDirectory() as folder:
         save_page(traced, f"{folder}/page.html")
         flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
@@ -201,12 +201,12 @@ def save_explorer(traced: AttentionTrace, path: Path, chromium: str) -> None:
 
 
 def pixels(chart: alt.TopLevelMixin) -> Image.Image:
-    """The chart at two pixels per unit, for screens of high density."""
+    """The chart at twice its resolution, for high-density screens."""
     return Image.open(io.BytesIO(vl_convert.vegalite_to_png(chart.to_dict(), scale=2))).convert("RGB")
 
 
 def save(chart: alt.TopLevelMixin, path: Path) -> None:
-    """Writes a PNG of at most 256 colors, a third of the size of one in true color."""
+    """Writes a PNG with at most 256 colors, which is a third of the size of true color."""
     pixels(chart).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
@@ -215,9 +215,9 @@ def save(chart: alt.TopLevelMixin, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, default=Path("weights/toy.en-it"), help="a trained toy run")
-    parser.add_argument("--variants", type=Path, help="the CSV of experiments.py --split test --csv")
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "docs", help="the folder to write into")
+    parser.add_argument("--run-dir", type=Path, default=Path("weights/toy.en-it"), help="folder of a trained toy run")
+    parser.add_argument("--variants", type=Path, help="CSV file written by experiments.py --split test --csv")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "docs", help="folder for the figures (default: docs)")
     arguments = parser.parse_args()
     translator = Translator.load(arguments.run_dir, device="cpu")
     to = arguments.output_dir

@@ -1,1 +1,1 @@
-"""Interpretation of a trained run: attention traces, measures, interventions, charts, an offline page, text views."""
+"""Interpretation of a trained run: attention traces, measures, interventions, charts, offline pages and text."""

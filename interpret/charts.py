@@ -1,13 +1,11 @@
-"""Static Altair charts of an AttentionTrace and of experiments; saving and showing charts.
+"""Altair charts of an AttentionTrace and of experiments; saving and showing charts.
 
-    L  layers    H  heads    Q  query positions (rows)    K  key positions (columns)
+In every heat map, rows are queries and columns are keys. Axes are ordered by position and labeled with tokens, so a
+token that occurs twice has two rows. Masked cells are not drawn. The color scale of weights runs from 0 to 1 in all
+charts, so charts can be compared.
 
-In every heat map rows are queries and columns are keys. Axes count positions and are labeled with tokens, so a
-repeated token has a row of its own each time, in order. Masked cells are not drawn. The color scale of weights runs
-from 0 to 1 in all charts, so charts can be compared.
-
-Charts take the weights as `packed_table` (one row per head) and unpack them in Vega: 48 heads of 20 tokens take
-0.3 MB instead of 7 MB. `cell_size` is the side of a heat map cell in pixels.
+Charts store the weights as a `packed_table` (one row per head) and unpack them in Vega: 48 heads of 20 tokens take
+0.3 MB instead of 7 MB. `cell_size` is the side length of a heat map cell in pixels.
 """
 
 import base64
@@ -33,7 +31,7 @@ TOOLTIP = [
     alt.Tooltip("weight:Q", format=".3f"),
 ]
 
-# ---------------------------------------------------------------------------- parts of charts
+# ---------------------------------------------------------------------------- building blocks of charts
 
 
 def unpack(chart: alt.Chart) -> alt.Chart:
@@ -50,7 +48,7 @@ def unpack(chart: alt.Chart) -> alt.Chart:
 
 
 def with_tokens(chart: alt.Chart) -> alt.Chart:
-    """Adds row_token and column_token, which the tooltips show."""
+    """Adds row_token and column_token for the tooltips."""
     return chart.transform_calculate(
         row_token="(datum.kind == 'encoder' ? src : tgt)[datum.row]",
         column_token="(datum.kind == 'decoder' ? tgt : src)[datum.column]",
@@ -58,22 +56,22 @@ def with_tokens(chart: alt.Chart) -> alt.Chart:
 
 
 def unpacked_weights(packed: pd.DataFrame) -> alt.Chart:
-    """A chart over the weights of a packed table, with tokens."""
+    """A chart of the unpacked weights of a packed table, with tokens."""
     return with_tokens(unpack(alt.Chart(packed)))
 
 
 def token_params(trace: AttentionTrace) -> list[alt.Parameter]:
-    """The tokens as the Vega parameters `src` and `tgt`, which axes and tooltips read."""
+    """The tokens as the Vega parameters `src` and `tgt`, for axes and tooltips."""
     return [alt.param(name="src", value=trace.src_tokens), alt.param(name="tgt", value=trace.tgt_tokens)]
 
 
 def token_axis(tokens: str, **options) -> alt.Axis:
-    """An axis over positions; `tokens` is a Vega expression for the list of labels, as in "src"."""
+    """An axis over positions; `tokens` is a Vega expression for the list of labels, such as "src"."""
     return alt.Axis(labelExpr=f"({tokens})[datum.value]", labelLimit=90, labelOverlap=False, ticks=False, **options)
 
 
 def heat_map(chart: alt.Chart, kind: str) -> alt.Chart:
-    """Weights as cells, with the tokens of the kind on the axes."""
+    """Weights as cells, with the tokens on the axes."""
     rows, columns = SIDES[kind]
     return chart.mark_rect().encode(
         x=alt.X("column:O", title=None, axis=token_axis(columns, labelAngle=-60)),
@@ -89,7 +87,7 @@ def sized(chart: alt.Chart, trace: AttentionTrace, kind: str, cell_size: float) 
 
 
 def titled(chart: alt.TopLevelMixin, kind: str, details: str = "") -> alt.TopLevelMixin:
-    """Adds the title "Cross-attention, <details>", and below it what rows and columns are."""
+    """Adds a title such as "Cross-attention, <details>", and a subtitle that explains rows and columns."""
     sides = {"src": "source", "tgt": "target"}
     rows, columns = SIDES[kind]
     name = KIND_NAMES[kind].capitalize()
@@ -107,17 +105,17 @@ def grid(
     heads: list[int] | None = None,
     cell_size: float = 11,
 ) -> alt.Chart:
-    """A grid of heat maps: layers down, heads across; all of them unless given."""
+    """A grid of heat maps: one row per layer, one column per head; all layers and heads unless given."""
     packed = packed_table(trace, kind)
     packed = packed[packed["layer"].isin(layers if layers is not None else packed["layer"])]
     packed = packed[packed["head"].isin(heads if heads is not None else packed["head"])]
-    cell = sized(heat_map(unpacked_weights(packed), kind), trace, kind, cell_size)
-    chart = cell.encode(row=alt.Row("layer:O", title="layer"), column=alt.Column("head:O", title="head"))
+    panel = sized(heat_map(unpacked_weights(packed), kind), trace, kind, cell_size)
+    chart = panel.encode(row=alt.Row("layer:O", title="layer"), column=alt.Column("head:O", title="head"))
     return titled(chart.add_params(*token_params(trace)).configure_facet(spacing=6), kind)
 
 
 def single_head(trace: AttentionTrace, kind: str, layer: int, head: int, cell_size: float = 26) -> alt.Chart:
-    """One head, with its weights as numbers; weights below 0.005 have no number."""
+    """One head, with the weights written into the cells, except those below 0.005."""
     base = unpacked_weights(packed_table(trace, kind, layer, head))
     numbers = (
         base.transform_filter("datum.weight >= 0.005")
@@ -144,7 +142,7 @@ def rollout_layers(trace: AttentionTrace, kind: str, cell_size: float = 16) -> a
 
 
 def query_in_all_heads(trace: AttentionTrace, kind: str, row: int, cell_size: float = 18) -> alt.Chart:
-    """The weights of one query in every head: a heat map per layer, with one row per head."""
+    """The weights of one query in all heads: one heat map per layer, one row per head."""
     rows, columns = trace.labels(kind)
     heads = unpacked_weights(packed_table(trace, kind)).transform_filter(f"datum.row == {row}")
     chart = heads.mark_rect().encode(
@@ -162,14 +160,14 @@ def query_in_all_heads(trace: AttentionTrace, kind: str, row: int, cell_size: fl
 def value_per_head(
     table: pd.DataFrame, value: str, title: str, scale: alt.Scale | None = None, cell_size: int = 34
 ) -> alt.Chart:
-    """One number per head, a heat map per kind: layers down, heads across.
+    """One number per head: one heat map per kind, one row per layer, one column per head.
 
     The table has the columns kind, layer, head and `value`.
     """
     base = alt.Chart(table).encode(x=alt.X("head:O", title="head"), y=alt.Y("layer:O", title="layer"))
     scale = scale or alt.Scale(scheme="viridis")
     cells = base.mark_rect().encode(color=alt.Color(f"{value}:Q", title=value.replace("_", " "), scale=scale))
-    # Black numbers with a white outline can be read on dark and on light cells.
+    # Black numbers with a white outline are legible on dark and on light cells.
     numbers = base.encode(text=alt.Text(f"{value}:Q", format=".2f"))
     outline = numbers.mark_text(fontSize=10, stroke="white", strokeWidth=2.5, strokeJoin="round")
     size = {"width": cell_size * table["head"].nunique(), "height": cell_size * table["layer"].nunique()}
@@ -183,7 +181,7 @@ def value_per_head(
 def decode_stepper(trace: AttentionTrace, step: int | None = None) -> alt.VConcatChart:
     """The translation so far, the top-k next tokens, and the cross-attention of a decoding step (mean over heads).
 
-    A slider chooses the step; with `step` the chart is fixed at that one.
+    A slider selects the step; if `step` is given, the chart shows that step and has no slider.
     """
     last = len(trace.tgt_tokens) - 1
     slider = alt.binding_range(min=0, max=last, step=1, name="decoding step ") if step is None else alt.Undefined
@@ -193,7 +191,7 @@ def decode_stepper(trace: AttentionTrace, step: int | None = None) -> alt.VConca
 
 
 def step_sentence(trace: AttentionTrace) -> alt.Chart:
-    """The tokens written up to the step, that of the step highlighted."""
+    """The tokens written so far, with that of the step highlighted."""
     last = len(trace.next_tokens) - 1
     written = pd.DataFrame({"i": range(last + 1), "token": trace.next_tokens})
     return (
@@ -212,7 +210,7 @@ def step_sentence(trace: AttentionTrace) -> alt.Chart:
 
 
 def step_candidates(trace: AttentionTrace) -> alt.LayerChart:
-    """The most probable next tokens of the step, the chosen one highlighted."""
+    """The most probable next tokens of the step, with the chosen one highlighted."""
     bars = (
         alt.Chart(candidates_table(trace))
         .transform_filter("datum.step == step")
@@ -237,7 +235,7 @@ def step_candidates(trace: AttentionTrace) -> alt.LayerChart:
 
 
 def step_attention(trace: AttentionTrace) -> alt.Chart:
-    """The cross-attention of the step in each layer, mean over heads."""
+    """The cross-attention of the step in each layer, averaged over heads."""
     return (
         unpacked_weights(packed_table(mean_over_heads(trace), "cross"))
         .transform_filter("datum.row == step")
@@ -262,8 +260,8 @@ def step_attention(trace: AttentionTrace) -> alt.Chart:
 def step_heat_map(steps: pd.DataFrame, trace: AttentionTrace, value: str = "logit") -> alt.HConcatChart:
     """Logits or probabilities of every decoding step, beside the cross-attention of the step.
 
-    `steps` is a `step_table` of experiments.py: steps down, words across, the chosen word framed. The attention is
-    the mean over the heads of the last layer.
+    `steps` is a `step_table` of experiments.py: one row per step, one column per word, the chosen word framed. The
+    attention is that of the last layer, averaged over heads.
     """
     words = list(dict.fromkeys(steps["word"]))
     base = alt.Chart(steps).encode(
@@ -297,7 +295,7 @@ def step_heat_map(steps: pd.DataFrame, trace: AttentionTrace, value: str = "logi
 
 
 def variant_bars(table: pd.DataFrame) -> alt.HConcatChart:
-    """The change in log-probability of each variant as bars, beside its translation; `table` is that of `compare`."""
+    """The change in log-probability of each variant as bars, beside its translation; `table` is from `compare`."""
     variants, height = table["variant"].tolist(), 20 * len(table)
     bars = (
         alt.Chart(table)
@@ -347,7 +345,7 @@ def difference(
 
 
 def importance_heat_map(importance: pd.DataFrame, value: str = "bleu_drop") -> alt.FacetChart:
-    """Head importance: how much BLEU, or the other `value`, drops with each head switched off."""
+    """Head importance: the drop in BLEU, or in another `value`, with each head switched off."""
     name = {"bleu_drop": "Drop in BLEU", "exact_drop": "Drop in exact match (points)"}.get(value, value)
     return value_per_head(importance, value, f"{name} with one head switched off", alt.Scale(scheme="oranges"))
 
@@ -361,7 +359,7 @@ def save_png(chart: alt.TopLevelMixin, path: str | Path, scale: float = 2.0) -> 
 
 
 def save_gif(trace: AttentionTrace, path: str | Path, seconds: float = 1.0) -> None:
-    """Writes the decode stepper as an animated GIF, one frame per step of so many seconds."""
+    """Writes the decode stepper as an animated GIF with one frame of `seconds` per step."""
     frames = []
     for step in range(len(trace.tgt_tokens)):
         png = vl_convert.vegalite_to_png(decode_stepper(trace, step).to_dict(), scale=1.2)
@@ -375,9 +373,9 @@ def save_gif(trace: AttentionTrace, path: str | Path, seconds: float = 1.0) -> N
 
 
 def show_in_notebooks() -> None:
-    """Makes notebooks show charts: interactive offline in JupyterLab, as PNG in other viewers such as GitHub.
+    """Makes notebooks show charts: interactive and offline in JupyterLab, as PNG in viewers such as GitHub.
 
-    Altair's own `mimetype` renderer is rejected by nbclient. Colab has no renderer for Vega, so it gets HTML.
+    nbclient rejects Altair's `mimetype` renderer. Colab has no renderer for Vega, so it gets HTML.
     """
     try:
         import google.colab  # noqa: F401
@@ -389,7 +387,7 @@ def show_in_notebooks() -> None:
 
 
 def render_vega_and_png(spec: dict, **_) -> dict:
-    """The output of a notebook cell: the Vega-Lite specification and a PNG of it. Without HTML, which would win."""
+    """The output of a notebook cell: the Vega-Lite specification and a PNG. No HTML, which viewers would prefer."""
     title = spec.get("title", "chart")
     return {
         "application/vnd.vegalite.v5+json": spec,

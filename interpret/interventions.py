@@ -1,11 +1,11 @@
-"""Changes of attention after the softmax, parts of the network switched off, and the list of variants to compare.
+"""Interventions: attention changed after the softmax, parts of the network switched off, and the variants to compare.
 
     B  sentences    H  heads    Q  query positions    K  key positions
     S  source tokens    T  target tokens    D  d_model
 
-The model knows nothing of this file. Attention is changed through the `intervene` attribute of its attention
-blocks, everything else through PyTorch's forward hooks. Every change is a context manager: inside the `with` block
-the model is the variant, afterwards it is as before. Changes can be nested; the outer one is applied first.
+The model does not depend on this file. Attention is changed through the `intervene` attribute of its attention blocks,
+everything else through PyTorch's forward hooks. Every change is a context manager: it holds inside the `with` block
+and is undone afterwards. Changes can be nested; the outer one is applied first.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,14 +22,14 @@ from model import Transformer
 
 Change = Callable[[Tensor], Tensor]  # softmax scores (B, H, Q, K) -> scores of the same shape
 
-# ---------------------------------------------------------------------------- attention changed
+# ---------------------------------------------------------------------------- changes of attention
 
 
 @contextmanager
 def intervene(
     model: Transformer, change: Change, kind: str, layers: list[int] | None = None, heads: list[int] | None = None
 ) -> Iterator[None]:
-    """Replaces the softmax scores of one kind of attention by `change(scores)`, in all layers and heads unless given.
+    """Replaces the softmax scores of one kind of attention with `change(scores)`, in all layers and heads unless given.
 
     Raises InputError for a layer or head out of range.
     """
@@ -60,7 +60,7 @@ def intervene(
             block.intervene = outer
 
 
-# A key is allowed where its score is above 0: masked keys have exactly 0, others more unless they underflow.
+# A key is allowed if its score is above 0: masked keys have exactly 0, others more, unless they underflow.
 
 
 def identity(scores: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def zero(scores: Tensor) -> Tensor:
 
 
 def uniform(scores: Tensor) -> Tensor:
-    """a_ij = 1 / (number of keys that query i may attend to)."""
+    """a_ij = 1 / n, where n is the number of allowed keys of query i."""
     return renormalized(scores, scores > 0, flat=True)
 
 
@@ -92,7 +92,7 @@ def last_keys(scores: Tensor, n: int = 1) -> Tensor:
 
 
 def shuffled(scores: Tensor, seed: int = 0) -> Tensor:
-    """a_ij = a_iπ(j): the weights of each row, permuted at random among its allowed keys."""
+    """a_ij = a_iπ(j): the weights of each row, permuted randomly among its allowed keys."""
     allowed = scores > 0
     order = torch.rand(scores.size(-1), generator=torch.Generator().manual_seed(seed)).to(scores.device)  # (K,)
     origin = torch.where(allowed, order, torch.inf).argsort(-1)  # allowed keys in random order, then the others
@@ -101,9 +101,9 @@ def shuffled(scores: Tensor, seed: int = 0) -> Tensor:
 
 
 def fixed_pattern(scores: Tensor, weights: Tensor) -> Tensor:
-    """a_ij = weights_ij: one head's weights (Q', K') on another sentence, fitted to this one and rescaled to sum to 1.
+    """a_ij = weights_ij: the weights of a head on another sentence, cropped or padded to this one and renormalized.
 
-    Surplus rows and columns are dropped; missing rows repeat the last one, missing columns are 0.
+    Surplus rows and columns of `weights` are dropped; missing rows repeat the last one, missing columns are 0.
     """
     Q, K = scores.shape[-2:]
     rows, columns = torch.arange(Q).clamp(max=weights.size(0) - 1), torch.arange(min(K, weights.size(1)))
@@ -113,16 +113,16 @@ def fixed_pattern(scores: Tensor, weights: Tensor) -> Tensor:
 
 
 def renormalized(scores: Tensor, keep: Tensor, flat: bool = False) -> Tensor:
-    """The scores where `keep`, else 0, rescaled so that each row sums to 1.
+    """The scores where `keep` is True, else 0, rescaled so that each row sums to 1.
 
-    Uniform over the kept keys with `flat`, and in rows whose kept scores are all 0.
+    With `flat`, and in rows whose kept scores are all 0, the kept keys get equal weights.
     """
     kept, even = scores * keep, keep / keep.sum(-1, keepdim=True).clamp(min=1)
     total = kept.sum(-1, keepdim=True)
     return torch.where((total > 0) & (not flat), kept / total.clamp(min=1e-30), even.to(scores.dtype))
 
 
-# ---------------------------------------------------------------------------- parts switched off
+# ---------------------------------------------------------------------------- parts switched off (ablation)
 
 SUBLAYERS = {
     "encoder": ("self_attention", "feed_forward"),
@@ -132,7 +132,7 @@ SUBLAYERS = {
 
 @contextmanager
 def replace_outputs(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
-    """Replaces the outputs of the modules by `hook(module, inputs, output)`."""
+    """Replaces the outputs of the modules with `hook(module, inputs, output)`."""
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield
@@ -146,7 +146,7 @@ def zero_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
 
 
 def sublayer_only(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """Of a residual connection x + sublayer(norm(x)), the sublayer alone."""
+    """For a residual connection x + sublayer(norm(x)): sublayer(norm(x)) alone."""
     return output - inputs[0]
 
 
@@ -165,7 +165,7 @@ def encoder_as_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tenso
 
 
 def blocks_of(model: Transformer, stack: str, layer: int | None = None) -> list[nn.Module]:
-    """The blocks of a stack: all of them, or that of one layer."""
+    """The blocks of a stack: all, or only that of one layer."""
     layers = list((model.encoder if stack == "encoder" else model.decoder).layers)
     return layers if layer is None else [layers[layer]]
 
@@ -198,7 +198,7 @@ class Variant:
     """A changed model: `with variant.apply(model): ...`"""
 
     name: str
-    description: str  # what happens to the data, with the formula
+    description: str  # what is changed, with the formula
     apply: Callable[[Transformer], AbstractContextManager]
 
 
@@ -209,7 +209,7 @@ NO_POSITIONS = "No positional encoding: x = embedding * sqrt(D)."
 
 
 def attention_variants(kind: str) -> list[Variant]:
-    """All heads of one kind of attention changed."""
+    """Variants that change all heads of one kind of attention."""
 
     def variant(name: str, description: str, change: Change) -> Variant:
         return Variant(f"{kind}: {name}", description, lambda model: intervene(model, change, kind))
@@ -223,7 +223,7 @@ def attention_variants(kind: str) -> list[Variant]:
 
 
 def stack_variants(stack: str) -> list[Variant]:
-    """The parts that both stacks have, switched off in one of them."""
+    """Variants of one stack, for the parts that both stacks have."""
     sublayers, position = SUBLAYERS[stack], "src_pos" if stack == "encoder" else "tgt_pos"
     return [
         Variant(
@@ -272,7 +272,7 @@ UNIFORM_CROSS = next(variant for variant in VARIANTS if variant.name == "cross: 
 
 
 def head_off(kind: str, layer: int, head: int) -> Variant:
-    """One head switched off."""
+    """The variant with one head switched off."""
     description = f"Head {head} of layer {layer} adds nothing: a_ij = 0."
     return Variant(
         f"{kind} {layer}.{head} off", description, lambda model: intervene(model, zero, kind, [layer], [head])

@@ -1,9 +1,8 @@
-"""Tables and measures of an AttentionTrace.
+"""Tables and statistics of an AttentionTrace.
 
     L  layers    H  heads    Q  query positions (rows)    K  key positions (columns)
 
-Tables are tidy: one row for each observation, one column for each variable. Layers, heads, rows and columns
-count from 0.
+Tables are tidy: one row per observation, one column per variable. Layers, heads, rows and columns are counted from 0.
 """
 
 from dataclasses import replace
@@ -30,7 +29,7 @@ def weights_table(
 ) -> pd.DataFrame:
     """One row per weight: kind, layer, head, row, column, row_token, column_token, weight.
 
-    All layers and heads unless given; masked cells are left out. Raises InputError for a layer or head out of range.
+    All layers and heads unless given; masked cells are omitted. Raises InputError for a layer or head out of range.
     """
     weights = trace.weights[kind]
     L, H, Q, K = weights.shape
@@ -58,8 +57,8 @@ def packed_table(
 ) -> pd.DataFrame:
     """One row per head: kind, layer, head, columns (K) and `w`, the weights x 1000 row by row, as in "0,12,988".
 
-    All heads, or those of the given kind, layer and head. Charts unpack it; in a page it takes a thirtieth of the
-    space of `weights_table`.
+    All heads, or those of the given kind, layer and head. Charts unpack it; in a page it is a thirtieth of the size of
+    `weights_table`.
     """
     return pd.DataFrame([
         {"kind": name, "layer": i, "head": j, "columns": weights.shape[3],
@@ -71,7 +70,10 @@ def packed_table(
 
 
 def weights_of_query(trace: AttentionTrace, kind: str, row: int) -> pd.DataFrame:
-    """The weights of one query in every head: layer, head, column, row_token, column_token, weight."""
+    """The weights of one query in every head: layer, head, column, row_token, column_token, weight.
+
+    Raises InputError for a row out of range.
+    """
     table = weights_table(trace, kind)
     if row not in table["row"].to_numpy():
         raise InputError(f"no row {row} in the {kind}; it has rows 0 to {table['row'].max()}")
@@ -79,7 +81,7 @@ def weights_of_query(trace: AttentionTrace, kind: str, row: int) -> pd.DataFrame
 
 
 def token_lookup(trace: AttentionTrace, kind: str, token: str, top_k: int = 3) -> pd.DataFrame:
-    """The `top_k` keys of a token in every head, for each row with that token.
+    """The `top_k` keys with the largest weights in every head, for each row that is labeled with a token.
 
     Columns layer, head, row, column, row_token, column_token, weight, rank. Raises InputError if no row has the token.
     """
@@ -97,7 +99,8 @@ def token_lookup(trace: AttentionTrace, kind: str, token: str, top_k: int = 3) -
 def candidates_table(trace: AttentionTrace) -> pd.DataFrame:
     """The top-k next tokens of each decoding step, one per row.
 
-    Columns step, read, written, rank, token, log_probability, probability and chosen: whether the token was written.
+    Columns step, read (the input token), written (the next token of the translation), rank, token, log_probability,
+    probability, and chosen: whether the token is the one written.
     """
     return pd.DataFrame([
         {"step": step, "read": trace.tgt_tokens[step], "written": trace.next_tokens[step], "rank": rank, "token": token,
@@ -111,16 +114,16 @@ def candidates_table(trace: AttentionTrace) -> pd.DataFrame:
 
 
 def mean_over_heads(trace: AttentionTrace) -> AttentionTrace:
-    """The trace with one head per layer: the mean of its heads."""
+    """The trace with one head per layer: the mean over its heads."""
     return replace(trace, weights={kind: w.mean(1, keepdims=True) for kind, w in trace.weights.items()})
 
 
 def rollout(trace: AttentionTrace) -> AttentionTrace:
     """Attention rollout (Abnar and Zuidema, 2020, section 3) from each layer down to the input, as one head per layer.
 
-    For self-attention, the matrices 0.5 mean(heads) + 0.5 I are multiplied layer by layer; the identity stands for
-    the residual path. For cross-attention, the decoder's rollout up to the layer, the mean of its cross-attention
-    heads and the rollout of the whole encoder are multiplied.
+    For self-attention, the matrices 0.5 mean(heads) + 0.5 I are multiplied layer by layer; the identity matrix I
+    represents the residual connection. For cross-attention, the decoder's rollout up to the layer, the mean of its
+    cross-attention heads and the rollout of the whole encoder are multiplied.
     """
 
     def roll(weights: np.ndarray) -> np.ndarray:  # (L, H, Q, Q) -> (L, Q, Q)
@@ -135,7 +138,7 @@ def rollout(trace: AttentionTrace) -> AttentionTrace:
     return replace(trace, weights={kind: rolled[kind][:, None] for kind in KINDS})
 
 
-# ---------------------------------------------------------------------------- measures
+# ---------------------------------------------------------------------------- statistics
 
 
 def check_row_sums(trace: AttentionTrace, tolerance: float = 1e-4) -> float:
@@ -149,16 +152,16 @@ def check_row_sums(trace: AttentionTrace, tolerance: float = 1e-4) -> float:
 def head_statistics(trace: AttentionTrace) -> pd.DataFrame:
     """What each head attends to, as means over its rows; one row per head.
 
-    Columns kind, layer, head; entropy in bits; max_weight; distance, the expected |query - key| in positions; then
-    the share of weight on the query's own position, on the previous position, on [SOS], [EOS] and punctuation.
-    In cross-attention, distance and positions compare two sentences.
+    Columns kind, layer, head; entropy in bits; max_weight; distance, the expected |query - key| in positions; then the
+    fraction of the weight on the query's own position, on the previous position, on [SOS], on [EOS] and on punctuation.
+    In cross-attention, these positions are those of two different sentences.
     """
     lines = []
     for kind, weights in trace.weights.items():
         keys = trace.labels(kind)[1]
         L, H, Q, K = weights.shape
         q, k = np.arange(Q)[:, None], np.arange(K)[None, :]
-        places = {  # (Q, K), or (K,) for the same keys in every row
+        targets = {  # (Q, K), or (K,) for the same keys in every row
             "own_position": q == k,
             "previous_position": q - 1 == k,
             "[SOS]": np.array(keys) == "[SOS]",
@@ -169,7 +172,7 @@ def head_statistics(trace: AttentionTrace) -> pd.DataFrame:
             "entropy": -(weights * np.log2(np.maximum(weights, 1e-12))).sum(3).mean(2),
             "max_weight": weights.max(3).mean(2),
             "distance": (weights * np.abs(q - k)).sum(3).mean(2),
-            **{name: (weights * place).sum(3).mean(2) for name, place in places.items()},
+            **{name: (weights * target).sum(3).mean(2) for name, target in targets.items()},
         }  # each (L, H)
         for layer, head in np.ndindex(L, H):
             values = {name: float(value[layer, head]) for name, value in statistics.items()}
@@ -180,12 +183,12 @@ def head_statistics(trace: AttentionTrace) -> pd.DataFrame:
 def alignment_errors(translator: Translator, pairs: list[Pair]) -> pd.DataFrame:
     """Alignment error rate (Och and Ney, 2003, section 5.1) of each cross-attention head; 0 is perfect.
 
-    Each target word is linked to the source word with the largest weight in one row. `shift` tells which row: 0 the
-    row that reads the target word, 1 the row before, which predicts it, -1 the row after. Pairs whose words the
-    tokenizer splits differently are skipped. Columns layer, head (or "mean", over the layer's heads), shift and
-    error, lowest first.
+    Each target word is linked to the source word with the largest weight in one row: with `shift` 0 in the row that
+    reads the target word, with 1 in the row before, which predicts it, with -1 in the row after. Pairs whose words the
+    tokenizer splits differently are skipped. Columns layer, head (or "mean", over the layer's heads), shift and error,
+    sorted by error.
     """
-    counts: dict[tuple, np.ndarray] = {}
+    counts: dict[tuple, np.ndarray] = {}  # links that are sure, possible, proposed; and sure links of the pair
     for pair in pairs:
         words = merge_words(record_trace(translator, pair.src_text, pair.tgt_text))
         src_length, tgt_length = len(words.src_tokens) - 2, len(words.tgt_tokens) - 1  # without [SOS] and [EOS]
@@ -202,8 +205,8 @@ def alignment_errors(translator: Translator, pairs: list[Pair]) -> pd.DataFrame:
                 links = {(i, j) for i, j in links if 0 <= i < src_length}
                 found = np.array([len(links & pair.sure), len(links & pair.alignment), len(links), len(pair.sure)])
                 counts[layer, head, shift] = counts.get((layer, head, shift), 0) + found
-    lines = [
-        {"layer": layer, "head": head, "shift": shift, "error": 1 - (n[0] + n[1]) / (n[2] + n[3])}
-        for (layer, head, shift), n in counts.items()
+    errors = [
+        {"layer": layer, "head": head, "shift": shift, "error": 1 - (sure + possible) / (proposed + all_sure)}
+        for (layer, head, shift), (sure, possible, proposed, all_sure) in counts.items()
     ]
-    return pd.DataFrame(lines).sort_values("error").reset_index(drop=True)
+    return pd.DataFrame(errors).sort_values("error").reset_index(drop=True)

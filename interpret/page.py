@@ -1,8 +1,8 @@
-"""The interactive explorer of an AttentionTrace, and charts saved as HTML pages that work offline.
+"""The interactive explorer of an AttentionTrace, and HTML pages that work offline.
 
-    L  layers    H  heads    Q  query positions (rows)    K  key positions (columns)
+    L  layers    H  heads
 
-The explorer's parts share Vega parameters: `kind`, the kind of attention; `pick`, the selected layer and head;
+The parts of the explorer share Vega parameters: `kind`, the kind of attention; `pick`, the selected layer and head;
 `hover`, the row under the pointer; `least`, the smallest weight shown; `src` and `tgt`, the tokens.
 """
 
@@ -37,7 +37,7 @@ QUERY_TOKENS, KEY_TOKENS = "kind == 'encoder' ? src : tgt", "kind == 'decoder' ?
 
 
 def explorer(trace: AttentionTrace) -> alt.VConcatChart:
-    """All heads as thumbnails; the selected head as heat map, as lines, and one row of it as bars.
+    """All heads as thumbnails; the selected head as a heat map and as lines; one row of it as bars.
 
     A click, the slider or the menu selects a head. The pointer on the heat map selects a row.
     """
@@ -71,8 +71,8 @@ def explorer(trace: AttentionTrace) -> alt.VConcatChart:
 
 
 def thumbnails(heads: alt.Chart, L: int, H: int, pick: alt.Parameter) -> alt.LayerChart:
-    """Each head scaled to a unit square at (head, layer); the selected one is framed."""
-    filled = 0.94  # of the square; the rest is the gap to the next one
+    """Each head as a unit square at (head, layer); the selected one is framed."""
+    filled = 0.94  # of a square; the rest is the gap to the next one
     side = min(120.0, 520 / H)
     weights = with_tokens(unpack(heads)).transform_calculate(
         x0=f"datum.head + datum.column / datum.columns * {filled}",
@@ -91,7 +91,7 @@ def thumbnails(heads: alt.Chart, L: int, H: int, pick: alt.Parameter) -> alt.Lay
         y=alt.Y("y0:Q", scale=alt.Scale(domain=[0, L], nice=False, reverse=True), axis=axis(L), title="layer"),
         y2="y1:Q",
         color=alt.Color("weight:Q", scale=WEIGHT_SCALE, legend=None),
-        stroke=alt.Stroke("weight:Q", scale=WEIGHT_SCALE, legend=None),  # covers the hairlines between cells
+        stroke=alt.Stroke("weight:Q", scale=WEIGHT_SCALE, legend=None),  # hides the hairlines between cells
         strokeWidth=alt.value(0.6),
     )
     frames = (
@@ -131,7 +131,7 @@ def selected_heat_map(selected: alt.Chart, longest: int, hover: alt.Parameter) -
 
 
 def selected_lines(selected: alt.Chart, longest: int, hover: alt.Parameter) -> alt.LayerChart:
-    """Queries on the left, keys on the right, a line per weight; the row under the pointer is highlighted."""
+    """Queries on the left, keys on the right, one line per weight; the row under the pointer is highlighted."""
     y = alt.Y("row:Q", scale=alt.Scale(domain=[-0.5, longest - 0.5], reverse=True, nice=False), axis=None)
     x = alt.X("x0:Q", scale=alt.Scale(domain=[-0.6, 1.6], nice=False), axis=None)
     lines = (
@@ -187,7 +187,7 @@ STYLE = """<style>
 
 
 def trace_page(trace: AttentionTrace) -> alt.VConcatChart:
-    """The explorer, and below it the decode stepper."""
+    """The explorer, with the decode stepper below."""
     sentences = " ".join(trace.src_tokens[1:-1]) + "  →  " + " ".join(trace.tgt_tokens[1:])
     return alt.vconcat(explorer(trace), decode_stepper(trace), spacing=40).properties(
         title=page_title(sentences, trace)
@@ -224,6 +224,6 @@ def save_page(trace: AttentionTrace, path: str | Path) -> None:
 
 
 def save_html(chart: alt.TopLevelMixin, path: str | Path) -> None:
-    """Writes a chart as one .html file that includes its scripts and so works offline."""
+    """Writes a chart as one .html file that contains its scripts, so that it works offline."""
     html = chart.to_html(inline=True, embed_options={"renderer": "canvas", "actions": False})
     Path(path).write_text(html.replace("<head>", f"<head>\n<title>Attention</title>\n{STYLE}", 1), encoding="utf8")

@@ -1,4 +1,4 @@
-"""Views of a trace and of experiments as text, for the terminal.
+"""Text views of traces and experiments, for the terminal.
 
 L  layers    H  heads    Q  query positions (rows)    K  key positions (columns)
 """
@@ -16,7 +16,7 @@ SHADES = " ░▒▓█"
 
 
 def describe_weights(trace: AttentionTrace, kind: str) -> str:
-    """Explains the tensor of weights of a kind by its largest weight between two tokens that are not special."""
+    """Explains the weights of a kind: their shape, and the largest weight between two ordinary tokens."""
     weights, (rows, columns) = trace.weights[kind], trace.labels(kind)
     L, H, Q, K = weights.shape
     row_is_plain, column_is_plain = ([token not in SPECIAL_TOKENS for token in tokens] for tokens in (rows, columns))
@@ -35,7 +35,7 @@ def describe_weights(trace: AttentionTrace, kind: str) -> str:
 def heat_map_text(trace: AttentionTrace, kind: str, layer: int, head: int, width: int = 100) -> str:
     """One head as a heat map: each cell is a shade and the weight in hundredths.
 
-    Columns that do not fit in `width` characters follow below.
+    Columns that do not fit into `width` characters follow below.
     """
     table = weights_table(trace, kind, [layer], [head])
     row_labels, column_labels = (shortened(labels, 10) for labels in trace.labels(kind))
@@ -68,7 +68,7 @@ def row_bars_text(trace: AttentionTrace, kind: str, layer: int, head: int, row: 
 
 
 def shortened(labels: list[str], width: int) -> list[str]:
-    """Labels of at most `width` characters; longer ones end in an ellipsis."""
+    """Labels of at most `width` characters; longer ones are cut and end in an ellipsis."""
     return [label if len(label) <= width else label[: width - 1] + "…" for label in labels]
 
 
@@ -76,7 +76,7 @@ def shortened(labels: list[str], width: int) -> list[str]:
 
 
 def candidates_text(trace: AttentionTrace) -> str:
-    """A line per decoding step: the token read, the token written, and the top-k next tokens with probabilities."""
+    """One line per decoding step: the token read, the token written, and the top-k next tokens with probabilities."""
     lines = []
     for step, group in candidates_table(trace).groupby("step"):
         top = "  ".join(f"{token} {p:.0%}" for token, p in zip(group["token"], group["probability"], strict=True))
@@ -85,7 +85,7 @@ def candidates_text(trace: AttentionTrace) -> str:
 
 
 def step_table_text(table: pd.DataFrame, value: str = "logit") -> str:
-    """The `step_table` of experiments.py: steps down, words across, the chosen word in brackets."""
+    """The `step_table` of experiments.py: one line per step, one column per word, the chosen word in brackets."""
     words = list(dict.fromkeys(table["word"]))
     width = max(9, *(len(word) + 1 for word in words))
     left = max(len(label) for label in table["label"])
@@ -99,7 +99,7 @@ def step_table_text(table: pd.DataFrame, value: str = "logit") -> str:
 
 
 def variants_text(table: pd.DataFrame, width: int = 44) -> str:
-    """The table of `compare`, with the scores of `measure` where they are merged in.
+    """The table of `compare`, with the scores of `measure` if they have been merged in.
 
     Translations longer than `width` characters are shortened.
     """

@@ -4,10 +4,10 @@
     S  source tokens    V  target vocabulary
     T  target tokens that the decoder reads: [SOS] and the translation
 
-There are three kinds of attention. `encoder` and `decoder` are the self-attention of the two stacks; `cross` is
-the decoder's attention over the encoder output. Rows are queries and columns are keys: in cross-attention, rows
-are target positions and columns are source positions. A row is labeled with the token that the decoder reads
-there. The token that it predicts there is the label of the next row.
+There are three kinds of attention: `encoder` and `decoder` are the self-attention of the two stacks, `cross` is the
+decoder's attention over the encoder output. Rows are queries and columns are keys: in cross-attention, rows are target
+positions and columns are source positions. A row is labeled with the token that the decoder reads there; the token
+that it predicts there is the label of the next row.
 
 Attention weights show where a head reads. They do not explain the output, and only some heads align words.
 """
@@ -39,29 +39,29 @@ class AttentionTrace:
 
     src_tokens: list[str]  # S tokens, from [SOS] to [EOS]
     tgt_tokens: list[str]  # T tokens that the decoder reads: [SOS], then the translation
-    next_tokens: list[str]  # T tokens that it predicts: the translation, then [EOS] (or what follows at the limit)
-    next_pieces: list[str]  # the same as entries of the vocabulary, as in `candidates`; differs once words are merged
+    next_tokens: list[str]  # T tokens that follow: the translation, then [EOS] (or another token at the length limit)
+    next_pieces: list[str]  # the same as vocabulary entries, as in `candidates`; differs once words are merged
     src_words: list[int]  # S indices: the word that each source token belongs to
     tgt_words: list[int]  # T indices: the word that each target token belongs to
-    weights: dict[str, np.ndarray]  # kind -> (L, H, Q, K) float32; softmax scores, so each row sums to 1
-    candidates: list[list[tuple[str, float]]]  # for each of T steps the top-k (next token, log-probability), best first
+    weights: dict[str, np.ndarray]  # kind -> (L, H, Q, K) float32; softmax output, so each row sums to 1
+    candidates: list[list[tuple[str, float]]]  # for each of T steps, the top-k (next token, log-probability)
     run: str  # folder of the run
 
     def labels(self, kind: str) -> tuple[list[str], list[str]]:
-        """Tokens of the rows (Q) and of the columns (K) of a kind."""
+        """The tokens of the Q rows and of the K columns of a kind."""
         tokens = {"src": self.src_tokens, "tgt": self.tgt_tokens}
         rows, columns = SIDES[kind]
         return tokens[rows], tokens[columns]
 
     def save(self, path: str | Path) -> None:
-        """Writes one .npz file: an array of weights per kind, everything else as JSON under `about`."""
+        """Writes one .npz file: one array of weights per kind, and everything else as JSON under `about`."""
         about = {name: value for name, value in vars(self).items() if name != "weights"}
         with Path(path).open("wb") as file:
             np.savez_compressed(file, about=np.array(json.dumps(about)), **self.weights)
 
     @classmethod
     def load(cls, path: str | Path) -> "AttentionTrace":
-        """Reads a file that `save` has written. Raises InputError if it is missing, damaged or of another kind."""
+        """Reads a file written by `save`. Raises InputError if it is missing, damaged or something else."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 about = json.loads(str(arrays["about"]))
@@ -78,11 +78,11 @@ class AttentionTrace:
 def record_trace(
     translator: Translator, sentence: str, target: str | list[int] | None = None, top_k: int = 5
 ) -> AttentionTrace:
-    """Translates the sentence (greedy) and records one teacher-forced pass over the translation.
+    """Translates the sentence (greedy search) and records one teacher-forced pass over the translation.
 
     `target`, as text or as ids without [SOS] and [EOS], replaces the model's own translation. The `top_k` most
-    probable next tokens of each step are kept. Raises InputError for an empty sentence, and for a sentence or a
-    target that is longer than `seq_len`.
+    probable next tokens of each step are kept. Raises InputError for an empty sentence, and for a sentence or
+    target longer than `seq_len`.
     """
     if not sentence.strip():
         raise InputError("the sentence is empty; give at least one word")
@@ -113,7 +113,10 @@ def record_trace(
 
 
 def target_ids(translator: Translator, src_ids: list[int], target: str | list[int] | None) -> list[int]:
-    """Ids of the target without [SOS] and [EOS]: the given one, else the model's own translation."""
+    """Ids, without [SOS] and [EOS], of the given target or of the model's own translation.
+
+    Raises InputError for a target longer than `seq_len`.
+    """
     limit = translator.config.seq_len
     if target is None:
         return translator.search([src_ids])[0][: limit - 1]
@@ -145,9 +148,9 @@ def recorded_pass(
 
 
 def merge_words(trace: AttentionTrace) -> AttentionTrace:
-    """Merges the subwords of each word: weights are summed over keys and averaged over queries.
+    """The trace with subwords merged into words: weights are summed over keys and averaged over queries.
 
-    Rows still sum to 1. The candidates of a word are those of its last subword, where the next word is predicted.
+    Rows still sum to 1. The candidates of a word are those of its last subword, which predicts the next word.
     """
     words = {"src": trace.src_words, "tgt": trace.tgt_words}
     total = {side: np.eye(index[-1] + 1, dtype=np.float32)[index] for side, index in words.items()}  # (K, words)
@@ -177,7 +180,7 @@ def word_indices(tokens: list[str], whole_words: bool) -> list[int]:
     """The index of the word that each token belongs to.
 
     With `whole_words` every token is a word. Otherwise a word starts at a subword with the prefix ▁; special
-    tokens and punctuation are words of their own.
+    tokens and punctuation are separate words.
     """
     indices, after_standalone = [], True
     for token in tokens:
@@ -189,7 +192,7 @@ def word_indices(tokens: list[str], whole_words: bool) -> list[int]:
 
 
 def join_subwords(tokens: list[str], word_index: list[int]) -> list[str]:
-    """The text of each word; bytes of the byte fallback are decoded."""
+    """The text of each word; tokens of the byte fallback are decoded."""
     words = [[] for _ in range(word_index[-1] + 1)]
     for token, index in zip(tokens, word_index, strict=True):
         words[index].append(token)

@@ -1,1 +1,1 @@
-"""What a run has on disk: its folder, checkpoints, mirror, and Colab."""
+"""The files of a run: folder, checkpoints and mirror; setup on Colab."""

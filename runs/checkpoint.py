@@ -1,18 +1,18 @@
-"""Checkpoint files: written atomically, verified when read, loaded without running code.
+"""Checkpoint files: written atomically, verified when read, loaded without executing code.
 
 A checkpoint is a `torch.save` file, that is, a zip archive. The archive comment, which zip readers skip, holds
 the SHA-256 of all bytes before it, because `torch.load` does not detect flipped bits.
 
     schema      version of this format
-    name        the file's own name
-    model       weights
+    name        name of the file
+    model       trained weights
     ema_model   exponential moving average of the weights, or None
     optimizer   state of the optimizer
     progress    epoch, batch and step
-    rng         state of the random number generators, by process
+    rng         states of the random number generators of each process
     config      all settings
     corpus      fingerprint of the training set
-    tokenizers  source and target tokenizer as JSON
+    tokenizers  source and target tokenizer, as JSON
 """
 
 import contextlib
@@ -27,18 +27,18 @@ import torch
 from config import InputError
 
 SCHEMA = 2
-DIGEST_LENGTH = 64  # of a SHA-256 in hexadecimal
+DIGEST_LENGTH = 64  # characters of a SHA-256 in hexadecimal
 
 
 class DamagedCheckpoint(Exception):
-    """The file does not hold what was written."""
+    """The file is not what was written under this name, or is unsafe to load."""
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
     """Writes the state to a temporary file beside `path`, flushes it to disk and renames it.
 
-    A crash leaves the old file or the new one. Raises InputError if the disk does not accept the file; then
-    nothing is left behind.
+    After a crash, `path` is either the old file or the new one. Raises InputError if the file cannot be written, and
+    then removes the temporary file.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -47,7 +47,7 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         _seal(temporary)
         os.replace(temporary, path)
         _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # a full disk raises either, depending on when it is noticed
+    except (OSError, RuntimeError) as error:  # a full disk raises either one, depending on when it is detected
         reason = error if isinstance(error, OSError) else f"{str(error).splitlines()[0]}; is the disk full?"
         raise InputError(
             f"cannot save {path} ({reason}); free some space or fix the folder's permissions; "
@@ -59,7 +59,10 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """The verified state of a checkpoint. Raises DamagedCheckpoint, or InputError if it is of a newer version."""
+    """The verified state of a checkpoint, in the current schema.
+
+    Raises DamagedCheckpoint, or InputError if the file was written by a newer version.
+    """
     path = Path(path)
     verify(path)
     try:
@@ -76,7 +79,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 
 def upgraded(state: dict) -> dict:
-    """The state in the present schema. Schema 1 kept the EMA in "model" and the trained weights in "learner"."""
+    """The state in the current schema. Schema 1 kept the EMA in "model" and the trained weights in "learner"."""
     if state.get("schema") == 1:
         trained = state.pop("learner", None)
         state["ema_model"] = state["model"] if trained else None
@@ -85,12 +88,12 @@ def upgraded(state: dict) -> dict:
 
 
 def weights_for_inference(state: dict) -> dict[str, torch.Tensor]:
-    """The weights that are evaluated and used for translation: the EMA where there is one."""
+    """The weights that are evaluated and used for translation: the EMA if there is one."""
     return state["ema_model"] or state["model"]
 
 
 def verify(path: Path) -> None:
-    """Raises DamagedCheckpoint unless the file has the checksum that was written with it."""
+    """Raises DamagedCheckpoint unless the file matches the checksum that it holds."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         remaining = path.stat().st_size - DIGEST_LENGTH
@@ -118,7 +121,7 @@ def _seal(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes the rename durable across a power failure, where the system supports it."""
+    """Makes the rename survive a power failure, where the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -136,7 +139,10 @@ def temporary_path(path: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes beside the target and renames, so that a reader sees the old file or the new one."""
+    """Writes a temporary file and renames it, so that a reader sees the old file or the new one.
+
+    Raises InputError if the file cannot be written.
+    """
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def missing(requirements: Path = ROOT / "requirements.txt") -> list[str]:
-    """The requirements that this machine does not meet, except PyTorch: Colab's own build matches its GPU."""
+    """The requirements that this machine does not meet, except PyTorch: Colab's build matches its GPU."""
     wanted = [line.partition("#")[0].strip() for line in requirements.read_text().splitlines()]
     return [line for line in wanted if line and not is_met(Requirement(line))]
 

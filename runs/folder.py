@@ -1,4 +1,4 @@
-"""All that a run has on disk: where its files are, what they are called, and how they are read and written.
+"""The files of a run: where they are, what they are called, and how they are read and written.
 
 config.json                   all settings
 tokenizer_en.json, …          the tokenizer of each language
@@ -6,9 +6,9 @@ tmodel_07.pt                  checkpoint after epoch 7
 tmodel_07_step_00001200.pt    checkpoint within epoch 7
 scores.jsonl                  one line per validation
 tensorboard/                  curves
-model.safetensors             instead of checkpoints: the weights of an exported run
-set_aside/                    checkpoints and scores of an earlier run in this folder
-.lock                         locked by the process that trains
+model.safetensors             the weights of an exported run, instead of checkpoints
+set_aside/                    checkpoints and scores that an earlier training in this folder left
+.lock                         locked by the training process
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from runs.checkpoint import (
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # not available on Windows
     fcntl = None
 
 WEIGHTS_FOLDER = Path("weights")
@@ -46,7 +46,7 @@ SET_ASIDE = "set_aside"
 
 
 class RunFolder:
-    """The folder of one run. It can be moved: nothing in it depends on its path."""
+    """The folder of one run. It can be moved, because nothing in it depends on its path."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -56,7 +56,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config) -> "RunFolder":
-        """The folder in which a config trains: run_dir, or weights/<corpus>.<src>-<tgt>."""
+        """The folder of a config's run: run_dir, or weights/<corpus>.<src>-<tgt>."""
         if config.run_dir:
             return cls(config.run_dir)
         corpus = re.sub(r"\.(tsv|csv|jsonl|parquet)$", "", Path(config.datasource.split(":")[0]).name)
@@ -65,7 +65,10 @@ class RunFolder:
 
     @classmethod
     def find(cls, name: str | Path = "") -> "RunFolder":
-        """The run at this path or in the Hugging Face Hub repository NAME/NAME; by default the latest one trained."""
+        """The run at this path or in the Hugging Face Hub repository NAME/NAME; by default the most recently trained.
+
+        Raises InputError if a repository cannot be downloaded, or if there is no trained run.
+        """
         if not name:
             return cls.most_recent()
         is_path = Path(name).parent.is_dir() or Path(name).parent == WEIGHTS_FOLDER
@@ -79,7 +82,7 @@ class RunFolder:
 
     @classmethod
     def most_recent(cls) -> "RunFolder":
-        """The run under weights/ whose newest checkpoint was written last."""
+        """The most recently trained run under weights/. Raises InputError if there is none."""
         runs = [cls(path) for path in WEIGHTS_FOLDER.glob("*") if cls(path).config_file.is_file()]
         runs = [run for run in runs if run.checkpoints()]
         if not runs:
@@ -108,15 +111,19 @@ class RunFolder:
         return self.path / f"tokenizer_{lang}.json"
 
     def checkpoint(self, epoch: int, batch: int = 0, step: int = 0) -> Path:
-        """The file of a run that is about to train this batch of this epoch, after so many steps."""
+        """The checkpoint file for this progress, as defined in training/state.py.
+
+        `epoch` and `batch` are the next ones to train: with `batch` 0, the file is named after the completed epoch.
+        """
         name = f"{epoch:02d}_step_{step:08d}" if batch else f"{epoch - 1:02d}"
         return self.path / f"{MODEL_BASENAME}{name}.pt"
 
     def checkpoints(self) -> list[Path]:
-        """All checkpoints, oldest first. Numbers compare as numbers (100 after 99), an epoch's end after its steps."""
+        """All checkpoints, oldest first: sorted by number (100 after 99), the end of an epoch after its steps."""
         return sorted(filter(checkpoint_age, self.path.glob(f"{MODEL_BASENAME}*.pt")), key=checkpoint_age)
 
     def epoch_checkpoints(self) -> list[Path]:
+        """The checkpoints at the end of an epoch, oldest first."""
         return [path for path in self.checkpoints() if ends_epoch(path)]
 
     # ------------------------------------------------------------------------ config and scores
@@ -126,6 +133,7 @@ class RunFolder:
         write_atomically(self.config_file, json.dumps(kept, indent=2) + "\n")
 
     def load_config(self) -> Config:
+        """The config of the run. Raises InputError if config.json is missing or invalid."""
         path = self.config_file
         if not path.is_file():
             raise InputError(
@@ -141,7 +149,10 @@ class RunFolder:
             raise InputError(f"{path}: {error}; restore the file, or train in another --run-dir") from None
 
     def read_scores(self) -> list[dict]:
-        """One dict per validation, oldest first: epoch, batch, step, loss, and bleu, chrf, … where measured."""
+        """One dict per validation, oldest first: epoch, batch, step, loss, and bleu, chrf, … where measured.
+
+        Raises InputError if the file is damaged.
+        """
         path = self.scores_file
         if not path.is_file():
             return []
@@ -154,7 +165,7 @@ class RunFolder:
         write_atomically(self.scores_file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def drop_scores_after(self, step: int) -> None:
-        """Removes the scores of validations after this step, which an earlier attempt wrote."""
+        """Removes the scores of later steps, which were written before training resumed from this step."""
         rows = self.read_scores()
         kept = [row for row in rows if row["step"] <= step]
         if kept != rows:
@@ -163,7 +174,7 @@ class RunFolder:
     # ------------------------------------------------------------------------ writing checkpoints
 
     def save(self, state: dict) -> Path:
-        """Writes a checkpoint and returns its path. Of those saved within epochs, it and the one before are kept."""
+        """Writes a checkpoint and returns its path. Removes all within epochs except this one and the one before it."""
         path = self.checkpoint(**state["progress"])
         save_checkpoint(path, state)
         within_epoch = [file for file in self.checkpoints() if not ends_epoch(file)]
@@ -175,7 +186,7 @@ class RunFolder:
         return path
 
     def prune(self, keep: int, best_by: str) -> None:
-        """Removes the checkpoints of all epochs but the latest `keep` (0: all) and the best."""
+        """Removes the checkpoints of all epochs except the latest `keep` (0: all) and the best."""
         if keep:
             epochs = self.epoch_checkpoints()
             best = next((path for path in self.best_first(best_by) if path in epochs), None)
@@ -184,7 +195,7 @@ class RunFolder:
                     path.unlink(missing_ok=True)
 
     def set_aside(self, files: list[Path]) -> Path | None:
-        """Moves files into set_aside/ without overwriting earlier ones; returns that folder, None without files."""
+        """Moves files into set_aside/ without overwriting earlier ones; returns that folder, or None if no files."""
         folder = self.path / SET_ASIDE
         for path in files:
             folder.mkdir(exist_ok=True)
@@ -193,7 +204,7 @@ class RunFolder:
         return folder if files else None
 
     def sweep(self) -> None:
-        """Removes the temporary files that a killed process left."""
+        """Removes temporary files that a killed process has left behind."""
         for kind in (f"{MODEL_BASENAME}*.pt", "config.json", "tokenizer_*.json", "scores.jsonl"):
             for path in self.path.glob(f".{kind}.*.tmp"):
                 path.unlink(missing_ok=True)
@@ -201,7 +212,7 @@ class RunFolder:
     # ------------------------------------------------------------------------ reading checkpoints
 
     def load_newest(self) -> tuple[Path, dict] | None:
-        """The newest checkpoint that is not damaged, with its state; None if there is no checkpoint.
+        """Path and state of the newest checkpoint that is not damaged; None if there is no checkpoint.
 
         Damaged ones are skipped with a warning. Raises InputError if all are damaged.
         """
@@ -218,11 +229,11 @@ class RunFolder:
     def load_weights(
         self, weights: str = "best", average: int = 1, best_by: str = "loss"
     ) -> tuple[Path, dict[str, Tensor], dict]:
-        """The weights for inference of one checkpoint: its path, the weights, and its whole state.
+        """Weights for inference: the path of their checkpoint, the weights, and the checkpoint's whole state.
 
-        `weights` is best (by the validation score `best_by`), latest or an epoch number. With `average` they are the
-        mean over that many epochs, the best or the latest (Vaswani et al., 2017, section 6.1). Damaged files are
-        skipped with a warning. Raises InputError if too few are left.
+        `weights` is best (by the validation score `best_by`), latest or an epoch number. With `average` above 1 they
+        are the mean over that many epochs, the best or the latest ones (Vaswani et al., 2017, section 6.1), and path
+        and state are those of the first. Damaged files are skipped with a warning. Raises InputError if too few remain.
         """
         files = self.candidates(weights, average, best_by)
         loaded: list[tuple[Path, dict]] = []
@@ -230,7 +241,7 @@ class RunFolder:
         for path in files:
             try:
                 state = load_checkpoint(path)
-            except FileNotFoundError:  # just removed by a training process
+            except FileNotFoundError:  # removed by a training process in the meantime
                 continue
             except DamagedCheckpoint as error:
                 warn_skipped(path, error)
@@ -247,7 +258,10 @@ class RunFolder:
         )
 
     def candidates(self, weights: str, average: int, best_by: str) -> list[Path]:
-        """The checkpoints that may be used, in order of preference; only those at the end of an epoch are averaged."""
+        """Checkpoints in order of preference; only those at the end of an epoch may be averaged.
+
+        Raises InputError for invalid arguments.
+        """
         if average < 1:
             raise InputError(f"--average is {average}; give 1 or more")
         if weights in ("best", "latest"):
@@ -263,7 +277,7 @@ class RunFolder:
         return found
 
     def best_first(self, best_by: str) -> list[Path]:
-        """The checkpoints by validation score, the newer first among equals; those without a score come last."""
+        """The checkpoints by validation score, best first; the newest first among ties; those without a score last."""
         rows = self.read_scores()
         names = [self.checkpoint(row["epoch"], row["batch"], row["step"]).name for row in rows]
         score = dict(zip(names, merits(rows, best_by), strict=True))
@@ -273,7 +287,7 @@ class RunFolder:
     # ------------------------------------------------------------------------ one process at a time
 
     def check_writable(self) -> None:
-        """Raises InputError if a run cannot be written here. Creates nothing."""
+        """Raises InputError if no run can be written to this folder. Creates nothing."""
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not existing.is_dir():
             raise InputError(f"{existing} is a file; choose another --run-dir")
@@ -297,29 +311,33 @@ class RunFolder:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raises InputError unless the folder is new or empty."""
+    """Raises InputError if the folder exists and is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already exists; give a new or an empty folder")
 
 
 def checkpoint_age(path: Path) -> tuple[int, float] | None:
-    """Epoch and step in a checkpoint's name, which sort in order of training; None for any other name."""
+    """Epoch and step in the name of a checkpoint, a sort key for the order of training; None for other names."""
     match = re.fullmatch(rf"{MODEL_BASENAME}(\d+)(?:_step_(\d+))?\.pt", path.name)
     return match and (int(match[1]), int(match[2]) if match[2] else math.inf)
 
 
 def ends_epoch(path: Path) -> bool:
+    """Whether a checkpoint was saved at the end of an epoch."""
     return "_step_" not in path.name
 
 
 def merits(rows: list[dict], best_by: str) -> list[float]:
-    """A number per validation, higher is better: the score `best_by` if every row has it, otherwise minus the loss."""
+    """One number per validation, higher is better: the score `best_by` if every row has it, otherwise -loss."""
     by_score = best_by != "loss" and all(best_by in row for row in rows)
     return [row[best_by] if by_score else -row["loss"] for row in rows]
 
 
 def update_mean(mean: dict[str, Tensor], new: dict[str, Tensor], count: int) -> None:
-    """Makes `mean` the mean of `count` sets of weights, `new` being the last. (A tied matrix has several names.)"""
+    """Updates the dict `mean` to the mean of `count` sets of weights, of which `new` is the last.
+
+    The tensors are not changed in place, because a tied matrix appears under several names.
+    """
     mean |= {name: mean[name] + (weight - mean[name]) / count if count > 1 else weight for name, weight in new.items()}
 
 
@@ -327,11 +345,11 @@ def warn_skipped(path: Path, error: DamagedCheckpoint) -> None:
     print(f"warning: {path} is skipped: {error}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------- the tutorial's names
+# ---------------------------------------------------------------------------- functions of the tutorial
 
 
 def get_weights_file_path(config: Config, epoch: int | str) -> str:
-    """The checkpoint after one epoch, such as weights/toy.en-it/tmodel_07.pt."""
+    """The checkpoint at the end of an epoch, such as weights/toy.en-it/tmodel_07.pt."""
     return str(RunFolder.of(config).checkpoint(int(epoch) + 1))
 
 

@@ -1,7 +1,7 @@
 """A verified copy of a run on another disk: Google Drive on Colab, or a network share.
 
 A run is written to the local disk, then the files that have changed are copied. A copied checkpoint is verified
-before it gets its name. If the machine is lost, so is only what was trained after the last copy.
+before it gets its final name. If the machine is lost, only the training since the last copy is lost.
 """
 
 import os
@@ -18,16 +18,16 @@ NOT_COPIED = (".lock",)
 
 
 def check_mounted(mirror: RunFolder) -> None:
-    """Raises InputError if the parent folder of the copy does not exist."""
+    """Raises InputError if the parent folder of the mirror does not exist."""
     parent = mirror.path.absolute().parent
     if not parent.is_dir():
         raise InputError(f"no folder {parent} for --mirror-dir; mount the Drive first, or create the folder")
 
 
 def restore(mirror: RunFolder, run: RunFolder) -> bool:
-    """Copies the mirror into the run's folder if it is further ahead, as on a new machine; returns whether it was.
+    """Copies the mirror to the run's folder if its newest checkpoint is later, as on a new machine; returns whether.
 
-    Checkpoints that are damaged in the mirror are skipped with a warning. Raises InputError if it cannot be read.
+    Checkpoints that are damaged in the mirror are skipped with a warning. Raises InputError if files cannot be copied.
     """
     copies, own = mirror.checkpoints(), run.checkpoints()
     if not copies or (own and checkpoint_age(own[-1]) >= checkpoint_age(copies[-1])):
@@ -44,7 +44,7 @@ def restore(mirror: RunFolder, run: RunFolder) -> bool:
 
 
 def update(mirror: RunFolder, run: RunFolder) -> None:
-    """Copies changed files to the mirror and removes checkpoints that the run has removed. Failures are warnings."""
+    """Copies changed files to the mirror and removes checkpoints that the run no longer has; warns if that fails."""
     try:
         for source, target in changed_files(run.path, mirror.path):
             copy_file(source, target)
@@ -57,7 +57,7 @@ def update(mirror: RunFolder, run: RunFolder) -> None:
 
 
 def changed_files(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
-    """Each file of a run that is missing or different on the other side, with its path there."""
+    """Pairs of paths, in `source` and in `target`, of the files that are missing or different in `target`."""
     for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)
         if path.is_file() and path.name not in NOT_COPIED and not path.name.endswith(".tmp") and differs(path, copy):
@@ -65,7 +65,7 @@ def changed_files(source: Path, target: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def differs(path: Path, copy: Path) -> bool:
-    """By size and modification time in seconds."""
+    """Whether size or modification time (in whole seconds) differ, or there is no copy."""
     if not copy.is_file():
         return True
     a, b = path.stat(), copy.stat()

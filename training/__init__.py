@@ -1,1 +1,1 @@
-"""What changes while training, and what it minimizes."""
+"""Training state, loss, resuming, logging and signals."""

@@ -1,4 +1,4 @@
-"""What is reported while training: loss, gradient norm and speed, to TensorBoard and the progress bar."""
+"""The training log: loss, gradient norm and speed, for TensorBoard and the progress bar."""
 
 import math
 import time
@@ -14,19 +14,19 @@ from runs.folder import RunFolder
 
 
 class StepReport(NamedTuple):
-    """One optimizer step. Loss and norm stay on the device, so that reporting does not wait for it."""
+    """Results of one optimizer step. Loss and norm stay on the device, so that it is not synchronized."""
 
     loss: Tensor  # nats per target token
     gradient_norm: Tensor
-    tokens: int  # target tokens of all processes
-    text: str  # source text of its first sentence
+    tokens: int  # number of target tokens, of all processes
+    text: str  # the first source sentence of this process
 
 
 class TrainingLog:
-    """Collects step reports and writes their means; `check_finite` stops a run whose loss has diverged."""
+    """Collects step reports and writes their means; `check_finite` ends a run whose loss has diverged."""
 
     def __init__(self, folder: RunFolder, step: int):
-        """Continues the curves after this step; what an interrupted run wrote beyond it is hidden."""
+        """Continues the curves after this step; later points of an interrupted run are hidden."""
         is_first = distributed.is_first()
         self.writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1) if is_first else None
         self.unchecked: list[tuple[int, StepReport]] = []
@@ -43,7 +43,7 @@ class TrainingLog:
     def check_finite(self) -> None:
         """Raises InputError for the first step since the last check whose loss or gradient norm is not finite.
 
-        Reading the values makes a GPU wait, so this is not called after every step there.
+        Reading the values synchronizes with the GPU, so this is not called after every step there.
         """
         reports, self.unchecked = self.unchecked, []
         if not reports:
@@ -58,7 +58,7 @@ class TrainingLog:
                 )
 
     def write(self, step: int, learning_rate: float) -> str:
-        """Writes the means since the last call, and returns them as a line. All processes must call it."""
+        """Writes the means since the last call, and returns a line for the progress bar. All processes must call it."""
         values = {
             "loss": distributed.sum_over_processes(float(self.loss)) / distributed.world_size() / self.tokens,
             "lr": learning_rate,

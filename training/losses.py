@@ -18,18 +18,18 @@ from model import Transformer
 
 
 class LossInputs(NamedTuple):
-    """What the loss of a batch is computed from, on the model's device."""
+    """The inputs of the loss of a batch, on the model's device."""
 
     encoder_input: Tensor  # (B, S)
     decoder_input: Tensor  # (B, T)
     encoder_mask: Tensor  # (B, 1, 1, S)
     decoder_mask: Tensor  # (B, 1, T, T)
-    positions: Tensor  # (N,), where the flattened batch (B T) has a target token
-    label: Tensor  # (N,), that token
+    positions: Tensor  # (N,), indices of the target tokens in the flattened batch (B T)
+    label: Tensor  # (N,), the target tokens
 
     @classmethod
     def of(cls, batch: dict, device: torch.device) -> "LossInputs":
-        """Positions are found on the host, where counting them needs no synchronization with a GPU."""
+        """The inputs for a batch. Positions are found on the host, because on a GPU this would need synchronization."""
         label = batch["label"].flatten()
         positions = (label != PAD).nonzero().squeeze(1)
         names = ("encoder_input", "decoder_input", "encoder_mask", "decoder_mask")
@@ -38,6 +38,7 @@ class LossInputs(NamedTuple):
 
 
 def count_target_tokens(batch: dict) -> int:
+    """The number of target tokens in a batch, without padding."""
     return int((batch["label"] != PAD).sum())
 
 
@@ -58,7 +59,7 @@ class TrainingLoss(nn.Module):
 
 
 def cross_entropy(model: Transformer, inputs: LossInputs, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy in nats, summed over the N target tokens; padding is removed before the projection."""
+    """Cross-entropy in nats, summed over the N target tokens; padding is dropped before the projection."""
     encoder_input, decoder_input, encoder_mask, decoder_mask, positions, label = inputs
     x = model.hidden(encoder_input, decoder_input, encoder_mask, decoder_mask)  # (B, T, D)
     x = x.flatten(0, 1).index_select(0, positions)  # (B T, D) -> (N, D)
@@ -68,8 +69,8 @@ def cross_entropy(model: Transformer, inputs: LossInputs, label_smoothing: float
 def rdrop(model: Transformer, inputs: LossInputs, label_smoothing: float, alpha: float) -> Tensor:
     """R-Drop (Wu et al., 2021, equation 4), halved, in nats, summed over the N target tokens.
 
-    Two passes with different dropout masks: the mean of their cross-entropies, plus alpha / 4 times the symmetric
-    Kullback-Leibler divergence between their predictions.
+    The batch is run twice with different dropout masks. The loss is the mean of the two cross-entropies plus alpha / 4
+    times the symmetric Kullback-Leibler divergence between the two predictions.
     """
     *tensors, positions, label = inputs
     x = model.hidden(*(torch.cat([tensor, tensor]) for tensor in tensors))  # (2 B, T, D)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and whether it fits the present settings and corpus."""
+"""The checkpoint that a run resumes from, and whether it matches the current settings and corpus."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ from translate import check_tokenizers
 
 
 class ResumePoint(NamedTuple):
-    """The checkpoint to resume from, if any, and the files of the folder that would conflict with the run."""
+    """The checkpoint to resume from, if any, and the files that must be set aside before training."""
 
     path: Path | None
     state: dict | None
@@ -20,7 +20,10 @@ class ResumePoint(NamedTuple):
 
 
 def find_resume_point(folder: RunFolder, config: Config) -> ResumePoint:
-    """What `preload` selects: the newest readable checkpoint, that of an epoch, or none."""
+    """What `preload` selects: the newest readable checkpoint, that of an epoch, or none.
+
+    Raises InputError if that checkpoint is missing, damaged or of a run with other settings.
+    """
     files = folder.checkpoints()
     scores = [folder.scores_file] if folder.scores_file.is_file() else []
     if config.preload == "none":
@@ -46,8 +49,8 @@ def load_epoch(folder: RunFolder, epoch: int) -> tuple[Path, dict]:
 
 
 def check_same_settings(config: Config, saved: dict, path: Path) -> None:
-    """Raises InputError if a setting differs that determines the weights or the order of the data."""
-    saved = {**asdict(Config()), **saved}  # a setting that did not exist yet had its default
+    """Raises InputError if one of FIXED_FIELDS differs from the saved settings."""
+    saved = {**asdict(Config()), **saved}  # settings that did not exist yet had their defaults
     changed = [
         f"{name} {saved[name]!r} there, {getattr(config, name)!r} now"
         for name in FIXED_FIELDS

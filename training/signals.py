@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training."""
+"""Handling of Ctrl-C and SIGTERM during training."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ from compute import distributed
 
 
 class StopSignal:
-    """Context in which SIGINT or SIGTERM requests that the loop save and stop. A second one stops at once."""
+    """Context in which SIGINT or SIGTERM asks the training loop to save and stop; a second one ends the process."""
 
     def __init__(self):
-        self.own = 0  # the signal that this process received
-        self.number = 0  # the signal that any process received
+        self.own = 0  # the signal that this process has received; 0: none
+        self.number = 0  # the signal that any process has received; 0: none
         self.previous: dict = {}
 
     def __enter__(self) -> "StopSignal":
@@ -29,13 +29,13 @@ class StopSignal:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame) -> None:
-        if os.getpid() != self.process:  # a data loader worker inherits this handler; it ends with the main process
+        if os.getpid() != self.process:  # data loader workers inherit this handler, but end with the main process
             return
         self.own = number
         signal.signal(number, signal.SIG_DFL)
         tqdm.write(f"{signal.Signals(number).name}: saving after this step; repeat to stop at once", file=sys.stderr)
 
     def received(self) -> bool:
-        """Whether any process received a signal. All must call it, so that all stop after the same step."""
+        """Whether any process has received a signal. All must call it, so that all stop after the same step."""
         self.number = distributed.max_over_processes(self.own)
         return self.number > 0

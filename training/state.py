@@ -1,4 +1,4 @@
-"""What changes while a model trains: weights, their moving average, optimizer, progress, random generators."""
+"""The training state: weights, their moving average, optimizer, progress and random number generators."""
 
 import copy
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ OWN_SETTINGS = ("weight_decay", "betas", "fused")
 
 @dataclass
 class Progress:
-    """How far a run is: the next batch of the current epoch, and the optimizer steps made."""
+    """The progress of a run: the epoch and batch to train next, and the number of completed optimizer steps."""
 
     epoch: int = 0
     batch: int = 0
@@ -27,13 +27,13 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """All that changes while training. `state_dict` and `load_state_dict` save and restore it bit-identically."""
+    """Everything that changes during training. `state_dict` and `load_state_dict` save and restore it exactly."""
 
     model: Transformer
     ema_model: Transformer | None
     optimizer: torch.optim.AdamW
     progress: Progress = field(default_factory=Progress)
-    stop_signal: int = 0  # the signal that ended training, 0 if none; not saved
+    stop_signal: int = 0  # the signal that ended training; 0: none; not saved
 
     @classmethod
     def create(cls, config: Config, src_vocab_size: int, tgt_vocab_size: int, device: torch.device) -> "TrainingState":
@@ -47,7 +47,7 @@ class TrainingState:
 
     @property
     def evaluated_model(self) -> Transformer:
-        """The model that is validated and translates: the EMA if there is one."""
+        """The model that is used for validation and translation: the EMA if there is one."""
         return self.ema_model or self.model
 
     @property
@@ -58,13 +58,13 @@ class TrainingState:
     def update_ema(self, decay: float) -> None:
         """Moves the EMA toward the trained weights (Polyak and Juditsky, 1992).
 
-        It averages over about 1 / (1 - decay) steps; at the start, over about a ninth of the steps made.
+        It averages over about 1 / (1 - decay) steps; at the start, over about a ninth of the steps made so far.
         """
         decay = min(decay, (1 + self.progress.step) / (10 + self.progress.step))
         torch._foreach_lerp_(list(self.ema_model.parameters()), list(self.model.parameters()), 1 - decay)
 
     def state_dict(self) -> dict:
-        """Plain values and tensors. With several processes all must call it: it gathers their generators."""
+        """The state as plain values and tensors. All processes must call it, because it gathers their generators."""
         return {
             "model": self.model.state_dict(),
             "ema_model": self.ema_model.state_dict() if self.ema_model else None,
@@ -74,7 +74,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores a saved state. Settings of the optimizer, such as weight decay, stay those of the present config."""
+        """Restores a saved state. Optimizer settings, such as weight decay, remain those of the current config."""
         load_state_dict(self.model, state["model"])
         if self.ema_model:
             load_state_dict(self.ema_model, state["ema_model"])
@@ -83,7 +83,7 @@ class TrainingState:
         groups = [{**group, **settings} for group, settings in zip(saved["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict({**saved, "param_groups": groups})
         self.progress = Progress(**state["progress"])
-        if len(state["rng"]) == distributed.world_size():  # otherwise dropout is drawn differently
+        if len(state["rng"]) == distributed.world_size():  # otherwise the dropout masks will differ
             set_rng_state(state["rng"][distributed.rank()])
 
 
@@ -98,7 +98,7 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
 
 
 def rng_state() -> dict:
-    """State of the generators that dropout draws from."""
+    """The states of the random number generators that dropout uses."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
