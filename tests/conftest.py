@@ -18,7 +18,8 @@ from model import Transformer, build_transformer  # noqa: E402
 from runs.folder import RunFolder  # noqa: E402
 
 
-def path_of(config: Config) -> Path:
+def run_path(config: Config) -> Path:
+    """The folder of a run."""
     return RunFolder.of(config).path
 
 
@@ -29,7 +30,7 @@ def checkpoints(run: Config | Path | str) -> list[Path]:
 
 @pytest.fixture
 def pairs_file(tmp_path: Path) -> Path:
-    """400 toy pairs as a .tsv."""
+    """400 pairs of the toy corpus as a .tsv file."""
     path = tmp_path / "pairs.tsv"
     pairs = toy_pairs("en", "it", "train")[:400]
     path.write_text("".join(f"{p.src_text}\t{p.tgt_text}\n" for p in pairs), encoding="utf8")
@@ -38,7 +39,7 @@ def pairs_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_config(tmp_path: Path, pairs_file: Path) -> Config:
-    """A run that trains in a second: 360 pairs, one small layer, with dropout."""
+    """A run that trains in less than a second: 360 pairs, one small layer, with dropout."""
     return get_config(
         "toy",
         run_dir=str(tmp_path / "run"),
@@ -61,11 +62,13 @@ def tiny_config(tmp_path: Path, pairs_file: Path) -> Config:
 
 @pytest.fixture
 def tiny_model() -> Transformer:
+    """Random weights, 3 encoder and 2 decoder layers, 4 heads, vocabularies of 50 and 60 tokens, 40 positions."""
     torch.manual_seed(0)
     return build_transformer(50, 60, 40, 40, d_model=32, N=3, h=4, dropout=0.1, d_ff=64, decoder_N=2).eval()
 
 
 def train_one_epoch(folder: Path, lang_tgt: str) -> Path:
+    """Trains the toy preset for one epoch into `folder`."""
     from train import train_model
 
     quick = {"num_epochs": 1, "validation_sentences": 50, "device": "cpu"}
@@ -75,10 +78,11 @@ def train_one_epoch(folder: Path, lang_tgt: str) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory) -> Path:
-    """One epoch on the toy corpus, shared by the tests that need a trained run."""
+    """An English-Italian run of one epoch, shared by all tests that need a trained model (about 15 s)."""
     return train_one_epoch(tmp_path_factory.mktemp("trained") / "run", "it")
 
 
 @pytest.fixture(scope="session")
 def german_run(tmp_path_factory) -> Path:
+    """The same from English to German."""
     return train_one_epoch(tmp_path_factory.mktemp("german") / "run", "de")

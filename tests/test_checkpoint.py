@@ -1,3 +1,5 @@
+"""Checkpoint files: atomic, verified, loaded without running code; and the files of a run folder around them."""
+
 import os
 import random
 import zipfile
@@ -7,45 +9,46 @@ import torch
 from torch import nn
 
 from config import InputError
-from runs import checkpoint as c
+from runs import checkpoint
+from runs.checkpoint import SCHEMA, DamagedCheckpoint, load_checkpoint, save_checkpoint, weights_for_inference
 from runs.folder import RunFolder
 from translate import load_state_dict
 
 
-def state() -> dict:
+def example_state() -> dict:
     torch.manual_seed(0)
     return {"model": {"w": torch.randn(40, 40)}, "progress": {"step": 7}, "text": "é"}
 
 
-def test_what_is_saved_is_loaded_and_an_ordinary_reader_can_load_it_too(tmp_path):
+def test_a_saved_state_is_loaded_unchanged_also_by_plain_torch_load(tmp_path):
     path = tmp_path / "tmodel_00.pt"
-    c.save_checkpoint(path, state())
-    for loaded in (c.load_checkpoint(path), torch.load(path, weights_only=True)):
-        assert torch.equal(loaded["model"]["w"], state()["model"]["w"])
-        assert (loaded["progress"], loaded["text"], loaded["schema"]) == ({"step": 7}, "é", c.SCHEMA)
+    save_checkpoint(path, example_state())
+    for loaded in (load_checkpoint(path), torch.load(path, weights_only=True)):
+        assert torch.equal(loaded["model"]["w"], example_state()["model"]["w"])
+        assert (loaded["progress"], loaded["text"], loaded["schema"]) == ({"step": 7}, "é", SCHEMA)
     assert zipfile.ZipFile(path).testzip() is None
     assert [p.name for p in tmp_path.iterdir()] == ["tmodel_00.pt"]
 
 
-def test_every_truncation_and_bit_flip_is_noticed(tmp_path):
-    path, bad = tmp_path / "tmodel_00.pt", tmp_path / "tmodel_01.pt"
-    c.save_checkpoint(path, state())
-    whole, rng = path.read_bytes(), random.Random(0)
-    damaged = [whole[: rng.randrange(len(whole))] for _ in range(30)] + [b""]
+def test_every_truncation_and_bit_flip_is_detected(tmp_path):
+    path, bad_path = tmp_path / "tmodel_00.pt", tmp_path / "tmodel_01.pt"
+    save_checkpoint(path, example_state())
+    content, rng = path.read_bytes(), random.Random(0)
+    damaged = [content[: rng.randrange(len(content))] for _ in range(30)] + [b""]
     for _ in range(100):
-        flipped = bytearray(whole)
-        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         damaged.append(bytes(flipped))
-    for content in damaged:
-        bad.write_bytes(content)
-        with pytest.raises(c.DamagedCheckpoint):
-            c.load_checkpoint(bad)
+    for damaged_content in damaged:
+        bad_path.write_bytes(damaged_content)
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(bad_path)
 
 
-def test_the_newest_whole_checkpoint_is_used_and_the_damaged_one_named(tmp_path, capsys):
+def test_the_newest_undamaged_checkpoint_is_loaded_with_a_warning_for_damaged_ones(tmp_path, capsys):
     assert RunFolder(tmp_path).load_newest() is None
     for epoch in (9, 10):
-        c.save_checkpoint(tmp_path / f"tmodel_{epoch:02d}.pt", {"epoch": epoch})
+        save_checkpoint(tmp_path / f"tmodel_{epoch:02d}.pt", {"epoch": epoch})
     assert RunFolder(tmp_path).load_newest()[1]["epoch"] == 10
     newest = tmp_path / "tmodel_10.pt"
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -58,57 +61,78 @@ def test_the_newest_whole_checkpoint_is_used_and_the_damaged_one_named(tmp_path,
         RunFolder(tmp_path).load_newest()
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_previous_file_and_no_temporary_file(tmp_path, monkeypatch):
     path = tmp_path / "tmodel_00.pt"
-    c.save_checkpoint(path, {"epoch": 0})
+    save_checkpoint(path, {"epoch": 0})
 
-    def full_disk(*_):
+    def disk_full(*_):
         raise OSError(28, "No space left on device")
 
     for name in ("replace", "fsync"):
         with monkeypatch.context() as patch:
-            patch.setattr(os, name, full_disk)
+            patch.setattr(os, name, disk_full)
             with pytest.raises(InputError, match="No space left"):
-                c.save_checkpoint(path, {"epoch": 1})
-        assert c.load_checkpoint(path)["epoch"] == 0
+                save_checkpoint(path, {"epoch": 1})
+        assert load_checkpoint(path)["epoch"] == 0
         assert [p.name for p in tmp_path.iterdir()] == ["tmodel_00.pt"]
 
 
 class Malicious:
     def __reduce__(self):
-        return os.mkdir, ("trace",)
+        return os.mkdir, ("code_has_run",)
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
+def test_loading_a_checkpoint_runs_no_code_from_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "tmodel_00.pt"
     torch.save({"model": Malicious()}, path)
-    c._seal(path)
-    with pytest.raises(c.DamagedCheckpoint):
-        c.load_checkpoint(path)
-    assert not (tmp_path / "trace").exists()
+    checkpoint._seal(path)
+    with pytest.raises(DamagedCheckpoint):
+        load_checkpoint(path)
+    assert not (tmp_path / "code_has_run").exists()
 
 
-def test_a_newer_schema_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(c, "SCHEMA", 99)
-    c.save_checkpoint(tmp_path / "tmodel_00.pt", {})
+def test_a_checkpoint_of_a_newer_schema_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SCHEMA", 99)
+    save_checkpoint(tmp_path / "tmodel_00.pt", {})
     monkeypatch.undo()
     with pytest.raises(InputError, match="newer version"):
-        c.load_checkpoint(tmp_path / "tmodel_00.pt")
+        load_checkpoint(tmp_path / "tmodel_00.pt")
+
+
+def test_checkpoints_of_schema_1_are_read_with_the_present_names(tmp_path, monkeypatch):
+    """They held the trained weights of a run with an EMA in "learner", and the EMA in "model"."""
+    trained, ema = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
+    monkeypatch.setattr(checkpoint, "SCHEMA", 1)
+    save_checkpoint(tmp_path / "tmodel_00.pt", {"model": ema, "learner": trained})
+    save_checkpoint(tmp_path / "tmodel_01.pt", {"model": trained, "learner": None})
+    monkeypatch.undo()
+    with_ema, without_ema = (load_checkpoint(tmp_path / f"tmodel_0{epoch}.pt") for epoch in (0, 1))
+    assert torch.equal(with_ema["model"]["w"], trained["w"])
+    assert torch.equal(with_ema["ema_model"]["w"], ema["w"])
+    assert torch.equal(weights_for_inference(with_ema)["w"], ema["w"])
+    assert torch.equal(without_ema["model"]["w"], trained["w"])
+    assert without_ema["ema_model"] is None
+    assert torch.equal(weights_for_inference(without_ema)["w"], trained["w"])
+    assert "learner" not in with_ema
+    assert "learner" not in without_ema
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "_orig_mod.module."])
-def test_compiled_and_distributed_prefixes_load(prefix):
+def test_weights_load_with_the_prefixes_of_compiled_and_distributed_models(prefix):
     source, target = nn.Linear(3, 2), nn.Linear(3, 2)
     load_state_dict(target, {prefix + name: w for name, w in source.state_dict().items()})
     assert torch.equal(source.weight, target.weight)
 
 
-def test_orphans_are_swept_and_set_aside_never_overwrites(tmp_path):
-    (tmp_path / ".tmodel_03.pt.99.tmp").touch()
-    (tmp_path / ".mine.tmp").mkdir()
+def test_only_temporary_files_of_the_run_are_swept(tmp_path):
+    for name in (".tmodel_03.pt.99.tmp", ".config.json.99.tmp", ".notes.tmp", "tmodel_03.pt"):
+        (tmp_path / name).touch()
     RunFolder(tmp_path).sweep()
-    (tmp_path / ".mine.tmp").rmdir()  # what is not ours stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes.tmp", "tmodel_03.pt"]
+
+
+def test_files_set_aside_do_not_overwrite_earlier_ones(tmp_path):
     for content in (b"a", b"b"):
         file = tmp_path / "tmodel_00.pt"
         file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Two processes (gloo, on a CPU) against one."""
+"""Training with two processes (gloo, on a CPU) gives the result of one."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import ROOT, checkpoints, path_of
-from test_train import final_state, flags, same
+from conftest import ROOT, checkpoints, run_path
+from test_train import final_state, flags_of, is_identical
 
 from compute import distributed
 from config import Config
@@ -18,11 +18,12 @@ from runs.folder import RunFolder
 from train import train_model
 
 
-def run(config: Config, processes: int, **environment: str) -> subprocess.CompletedProcess:
+def launch(config: Config, processes: int, **environment: str) -> subprocess.CompletedProcess:
+    """Runs the training of a config to its end, with torchrun if there are several processes."""
     worker = str(ROOT / "tests" / "torchrun_worker.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), worker, *flags(config)],
+        [sys.executable, *(torchrun if processes > 1 else []), worker, *flags_of(config)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -32,75 +33,79 @@ def run(config: Config, processes: int, **environment: str) -> subprocess.Comple
 
 @pytest.fixture
 def config(tiny_config) -> Config:
-    """Seven batches an epoch, so that two processes have one over at its end."""
+    """Seven batches per epoch, so that in its last step one of two processes has no batch."""
     return replace(tiny_config, dropout=0.0, num_epochs=3, batch_tokens=560, lr_schedule="constant", save_every_steps=2)
 
 
-def difference(a: Config, b: Config) -> float:
+def max_difference(a: Config, b: Config) -> float:
+    """The largest absolute difference between the weights of two runs."""
     weights = [load_checkpoint(checkpoints(config)[-1])["model"] for config in (a, b)]
     return max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
 
 
-def test_two_processes_make_the_steps_of_one(config, tmp_path):
+@pytest.mark.slow
+def test_two_processes_make_the_same_steps_as_one(config, tmp_path):
     config = replace(config, num_epochs=13, save_every_steps=0)  # 52 steps
     one = replace(config, run_dir=str(tmp_path / "one"), accumulation_steps=2)
     two = replace(config, run_dir=str(tmp_path / "two"))
-    mutant = replace(config, run_dir=str(tmp_path / "mutant"))
-    for each, processes, environment in ((one, 1, {}), (two, 2, {}), (mutant, 2, {"MEAN_OF_EACH_PROCESS": "1"})):
-        done = run(each, processes, DOUBLE="1", **environment)
+    wrong = replace(config, run_dir=str(tmp_path / "wrong"))
+    for each, processes, environment in ((one, 1, {}), (two, 2, {}), (wrong, 2, {"AVERAGE_PER_PROCESS": "1"})):
+        done = launch(each, processes, USE_FLOAT64="1", **environment)
         assert done.returncode == 0, done.stderr
     state = load_checkpoint(checkpoints(two)[-1])
     assert state["progress"]["step"] == 52
     assert state["progress"] == load_checkpoint(checkpoints(one)[-1])["progress"]
     assert state["model"]["encoder.norm.weight"].dtype == torch.float64
-    assert difference(one, two) < 1e-9
-    assert difference(one, mutant) > 1e-4
+    assert max_difference(one, two) < 1e-9
+    assert max_difference(one, wrong) > 1e-4
     losses = [[row["loss"] for row in RunFolder.of(each).read_scores()] for each in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-9)
 
 
-def test_a_process_dies_all_stop_and_the_same_command_ends_in_the_same_state(config, tmp_path):
-    config = replace(config, dropout=0.1)  # each process has a generator of its own to take up again
-    whole = replace(config, run_dir=str(tmp_path / "whole"))
-    done = run(whole, 2)
+@pytest.mark.slow
+def test_if_a_process_dies_all_stop_and_the_same_command_resumes_bit_identically(config, tmp_path):
+    config = replace(config, dropout=0.1)  # each process has its own generator, which must be restored
+    uninterrupted = replace(config, run_dir=str(tmp_path / "uninterrupted"))
+    done = launch(uninterrupted, 2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 processes") == done.stdout.count("trained in") == 1  # the first alone speaks
-    broken = replace(config, run_dir=str(tmp_path / "broken"))
-    assert run(broken, 2, DIE_AT_STEP="7").returncode != 0
-    assert load_checkpoint(checkpoints(broken)[-1])["progress"]["step"] == 6
-    again = run(broken, 2)
-    assert again.returncode == 0, again.stderr
-    assert "resuming     from" in again.stdout
-    assert same(final_state(broken), final_state(whole))
+    assert done.stdout.count("2 processes") == done.stdout.count("trained in") == 1  # only the first process prints
+    interrupted = replace(config, run_dir=str(tmp_path / "interrupted"))
+    assert launch(interrupted, 2, DIE_AT_STEP="7").returncode != 0
+    assert load_checkpoint(checkpoints(interrupted)[-1])["progress"]["step"] == 6
+    resumed = launch(interrupted, 2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming     from" in resumed.stdout
+    assert is_identical(final_state(interrupted), final_state(uninterrupted))
 
 
-def test_bad_input_is_said_once_and_nobody_hangs(config):
-    done = run(replace(config, datasource="none.tsv"), 2)
+@pytest.mark.slow
+def test_bad_input_is_reported_once_and_no_process_hangs(config):
+    done = launch(replace(config, datasource="none.tsv"), 2)
     assert done.returncode != 0
     assert done.stderr.count("error: no file none.tsv") == 1
-    assert not path_of(config).exists()
+    assert not run_path(config).exists()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (2, 3), (3, 2)])
-def test_every_batch_goes_to_one_process_in_equally_many_steps(monkeypatch, count, world, accumulation):
-    batches, shares = list(range(count)), []
+def test_each_batch_goes_to_one_process_and_all_make_equally_many_steps(monkeypatch, count, world, accumulation):
+    batches, steps_by_rank = list(range(count)), []
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
         own, counts = distributed.own_batches(batches, accumulation), list(distributed.own_counts(count, accumulation))
         taken = [list(islice(own, max(1, size))) for size in counts]
         assert list(own) == []
-        shares.append([step[:size] for step, size in zip(taken, counts, strict=True)])
-    assert len({len(steps) for steps in shares}) == 1
-    assert sorted(batch for steps in shares for step in steps for batch in step) == batches
-    assert all(len(step) <= accumulation for steps in shares for step in steps)
+        steps_by_rank.append([step[:size] for step, size in zip(taken, counts, strict=True)])
+    assert len({len(steps) for steps in steps_by_rank}) == 1
+    assert sorted(batch for steps in steps_by_rank for step in steps for batch in step) == batches
+    assert all(len(step) <= accumulation for steps in steps_by_rank for step in steps)
 
 
-def test_one_process_touches_nothing_distributed(tiny_config, monkeypatch):
-    class Untouchable:
+def test_a_single_process_never_calls_torch_distributed(tiny_config, monkeypatch):
+    class Unused:
         def __getattr__(self, name):
-            raise AssertionError(f"torch.distributed.{name} was used")
+            raise AssertionError(f"torch.distributed.{name} was called")
 
-    monkeypatch.setattr(distributed, "dist", Untouchable())
+    monkeypatch.setattr(distributed, "dist", Unused())
     train_model(replace(tiny_config, save_every_steps=2, num_epochs=1))

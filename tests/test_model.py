@@ -1,14 +1,21 @@
+"""The Transformer: shapes, masks, recording, intervening, caches, initialization.
+
+B  batch (sentences)    S  source length    T  target length
+"""
+
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dataset import PAD, padding_mask
 from model import MultiHeadAttentionBlock, PositionalEncoding, build_transformer, causal_mask
 
 
-def example(B: int = 3, S: int = 9, T: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+def random_ids(B: int = 3, S: int = 9, T: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """Source ids (B, S) and target ids (B, T) without special tokens."""
     torch.manual_seed(1)
     return torch.randint(4, 50, (B, S)), torch.randint(4, 50, (B, T))
 
@@ -17,8 +24,8 @@ def logits(model: nn.Module, source: torch.Tensor, target: torch.Tensor) -> torc
     return model(source, target, padding_mask(source), padding_mask(target) & causal_mask(target.size(1)))
 
 
-def test_shapes_and_scores(tiny_model):
-    source, target = example()
+def test_recorded_scores_have_the_right_shapes_sum_to_one_and_are_dropped(tiny_model):
+    source, target = random_ids()
     with tiny_model.recording():
         assert logits(tiny_model, source, target).shape == (3, 7, 60)
         shapes = {
@@ -33,15 +40,20 @@ def test_shapes_and_scores(tiny_model):
         assert all(block.attention_scores is None for block in blocks)
 
 
-def test_written_out_attention_equals_the_fused_kernel(tiny_model):
-    source, target = example(T=12)  # with fewer queries than FEW_QUERIES both would be written out
+def test_written_out_attention_equals_the_fused_kernel(tiny_model, monkeypatch):
+    calls, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    source, target = random_ids(T=12)  # with fewer queries than FEW_QUERIES both are written out
     source[1, 5:], target[2, 3:] = PAD, PAD
     fused = logits(tiny_model, source, target)
+    assert len(calls) == 3 + 2 + 2  # encoder, decoder and cross-attention blocks
     with tiny_model.recording():
-        assert torch.allclose(fused, logits(tiny_model, source, target), atol=1e-5)
+        written_out = logits(tiny_model, source, target)
+    assert len(calls) == 3 + 2 + 2
+    assert torch.allclose(fused, written_out, atol=1e-5)
 
 
-def test_scores_are_kept_before_dropout():
+def test_scores_are_recorded_before_dropout():
     block = MultiHeadAttentionBlock(16, 2, dropout=0.9).train()
     block.record = True
     x = torch.randn(2, 5, 16)
@@ -49,7 +61,7 @@ def test_scores_are_kept_before_dropout():
     assert torch.allclose(block.attention_scores.sum(-1), torch.ones(()), atol=1e-6)
 
 
-def test_an_intervention_takes_the_place_of_the_scores():
+def test_the_result_of_an_intervention_replaces_the_scores():
     block = MultiHeadAttentionBlock(16, 2, dropout=0.0)
     x = torch.randn(2, 5, 16)
     plain = block(x, x, x, None)
@@ -60,16 +72,16 @@ def test_an_intervention_takes_the_place_of_the_scores():
     assert torch.allclose(block(x, x, x, None), block.w_o(mean), atol=1e-5)
 
 
-def test_padding_changes_nothing(tiny_model):
-    source, target = example()
+def test_padding_does_not_change_the_logits(tiny_model):
+    source, target = random_ids()
     padded_source = torch.cat([source, torch.full((3, 4), PAD)], 1)
     padded_target = torch.cat([target, torch.full((3, 2), PAD)], 1)
     padded = logits(tiny_model, padded_source, padded_target)[:, :7]
     assert torch.allclose(logits(tiny_model, source, target), padded, atol=1e-5)
 
 
-def test_the_decoder_is_causal_and_the_encoder_sees_both_ways(tiny_model):
-    source, target = example()
+def test_the_decoder_is_causal_and_the_encoder_is_bidirectional(tiny_model):
+    source, target = random_ids()
     before = logits(tiny_model, source, target)
     target[:, 4] = (target[:, 4] + 1) % 46 + 4
     after = logits(tiny_model, source, target)
@@ -79,8 +91,8 @@ def test_the_decoder_is_causal_and_the_encoder_sees_both_ways(tiny_model):
     assert not torch.allclose(after[:, 0], logits(tiny_model, source, target)[:, 0], atol=1e-3)
 
 
-def test_masked_positions_get_no_attention(tiny_model):
-    source, target = example()
+def test_masked_keys_have_zero_attention_scores(tiny_model):
+    source, target = random_ids()
     source[1, 5:] = PAD
     with tiny_model.recording():
         logits(tiny_model, source, target)
@@ -90,19 +102,23 @@ def test_masked_positions_get_no_attention(tiny_model):
         assert not blocks["decoder"][1].attention_scores.triu(1).any()
 
 
-def test_decoding_with_a_cache_equals_decoding_at_once(tiny_model):
-    source, target = example()
+def test_cached_decoding_step_by_step_equals_one_full_forward_pass(tiny_model):
+    source, target = random_ids()
     source[1, 5:] = PAD
     mask = padding_mask(source)
     encoder_output = tiny_model.encode(source, mask)
     whole = tiny_model.decode(encoder_output, mask, target, causal_mask(7))
+    projections = []
+    w_k = tiny_model.decoder.layers[0].cross_attention_block.w_k
+    w_k.register_forward_hook(lambda *_: projections.append(1))
     caches = tiny_model.new_caches(capacity=10)
     steps = [tiny_model.decode(encoder_output, mask, target[:, t : t + 1], None, caches) for t in range(7)]
     assert torch.allclose(whole, torch.cat(steps, 1), atol=1e-5)
+    assert len(projections) == 1  # the keys of the encoder output are computed once
 
 
-def test_a_cache_keeps_the_rows_selected(tiny_model):
-    source, target = example()
+def test_a_cache_keeps_the_selected_rows_in_the_given_order(tiny_model):
+    source, target = random_ids()
     mask = padding_mask(source)
     encoder_output = tiny_model.encode(source, mask)
     whole = tiny_model.decode(encoder_output, mask, target, causal_mask(7))
@@ -110,14 +126,14 @@ def test_a_cache_keeps_the_rows_selected(tiny_model):
     for t in range(4):
         tiny_model.decode(encoder_output, mask, target[:, t : t + 1], None, caches)
     rows = torch.tensor([2, 0])
-    for pair in caches:
-        for cache in pair:
-            cache.select(rows)
+    for layer in caches:
+        layer.self_attention.select(rows)
+        layer.cross_attention.select(rows)
     step = tiny_model.decode(encoder_output[rows], mask[rows], target[rows, 4:5], None, caches)
     assert torch.allclose(whole[rows, 4:5], step, atol=1e-5)
 
 
-def test_positions_are_the_papers_sines():
+def test_position_encodings_are_the_sines_and_cosines_of_the_paper():
     pe = PositionalEncoding(d_model=8, seq_len=20, dropout=0.0).pe
     for position, i in [(0, 0), (3, 0), (7, 2), (19, 3)]:
         angle = position / 10_000 ** (2 * i / 8)
@@ -125,14 +141,14 @@ def test_positions_are_the_papers_sines():
         assert pe[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
 
 
-def test_a_sentence_past_the_positions_is_refused(tiny_model):
-    source, target = example(S=41)
+def test_a_sentence_longer_than_the_position_encodings_is_rejected(tiny_model):
+    source, target = random_ids(S=41)
     with pytest.raises(ValueError, match="41 tokens exceed the 40 positions"):
         logits(tiny_model, source, target)
 
 
 @pytest.mark.parametrize("share", ["none", "target", "all"])
-def test_sharing_makes_one_matrix(share):
+def test_tied_embeddings_are_the_same_parameter(share):
     model = build_transformer(50, 50, 10, 10, d_model=16, N=1, h=2, share_embeddings=share)
     source, target, projection = (
         model.src_embed.embedding.weight,
@@ -143,21 +159,21 @@ def test_sharing_makes_one_matrix(share):
     assert (source is target) == (share == "all")
 
 
-def test_impossible_sizes_are_refused():
+def test_sizes_that_do_not_fit_are_rejected():
     with pytest.raises(ValueError, match="one vocabulary, not 50 and 60"):
         build_transformer(50, 60, 10, 10, d_model=16, N=1, h=2, share_embeddings="all")
     with pytest.raises(ValueError, match="not divisible by the 3 heads"):
         build_transformer(50, 50, 10, 10, d_model=16, N=1, h=3)
 
 
-def test_matrices_start_xavier_uniform():
+def test_matrices_are_initialized_xavier_uniform():
     model = build_transformer(50, 50, 10, 10, d_model=64, N=1, h=2)
     weight = model.encoder.layers[0].feed_forward_block.linear_1.weight
     bound = math.sqrt(6 / (weight.size(0) + weight.size(1)))
     assert 0.95 * bound < weight.abs().max() <= bound
 
 
-def test_weights_have_the_tutorials_names():
+def test_weights_have_the_names_of_the_tutorial():
     names = set(build_transformer(50, 50, 10, 10, d_model=16, N=1, h=2).state_dict())
     for name in [
         "src_embed.embedding.weight",

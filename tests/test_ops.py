@@ -1,4 +1,4 @@
-"""Each fast form against its plain one."""
+"""Each fast operation gives the result of its plain version."""
 
 import pytest
 import torch
@@ -8,19 +8,19 @@ from compute import ops
 from compute.ops import Dropout, byte_mask, fast_top, fused_loss, plain_loss, plain_top
 
 
-def test_the_plain_loss_is_smoothed_cross_entropy_summed_over_tokens():
+def test_the_plain_loss_is_label_smoothed_cross_entropy_summed_over_tokens():
     torch.manual_seed(0)
     x, projection, label, eps = torch.randn(3, 4), nn.Linear(4, 10), torch.tensor([4, 5, 6]), 0.1
     log_p = projection(x).log_softmax(-1)
-    by_hand = -sum((1 - eps) * log_p[i, label[i]] + eps / 10 * log_p[i].sum() for i in range(3))
-    assert torch.allclose(plain_loss(x, projection, label, eps), by_hand)
+    expected = -sum((1 - eps) * log_p[i, label[i]] + eps / 10 * log_p[i].sum() for i in range(3))
+    assert torch.allclose(plain_loss(x, projection, label, eps), expected)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("at_once", [1, 7 * 50, 1 << 20])  # logits: a token at a time, a ragged end, all
+@pytest.mark.parametrize("logits_per_chunk", [1, 7 * 50, 1 << 20])  # one token, 7 of 40 tokens, all tokens
 @pytest.mark.parametrize("multiple", [1, 64])
-def test_fused_and_plain_loss_and_their_gradients_agree(smoothing, at_once, multiple, monkeypatch):
-    monkeypatch.setitem(ops.LOGITS_PER_CHUNK, "cpu", at_once)
+def test_fused_and_plain_loss_and_their_gradients_agree(smoothing, logits_per_chunk, multiple, monkeypatch):
+    monkeypatch.setitem(ops.LOGITS_PER_CHUNK, "cpu", logits_per_chunk)
     monkeypatch.setitem(ops.VOCABULARY_MULTIPLE, "cpu", multiple)
     torch.manual_seed(0)
     projection, label = nn.Linear(16, 50).double(), torch.randint(0, 50, (40,))
@@ -36,7 +36,7 @@ def test_fused_and_plain_loss_and_their_gradients_agree(smoothing, at_once, mult
 
 
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 2e-2)])
-def test_fused_and_plain_loss_agree_in_the_precisions_of_training(bf16, tolerance):
+def test_fused_and_plain_loss_agree_in_fp32_and_under_bf16_autocast(bf16, tolerance):
     torch.manual_seed(0)
     projection, label, results = nn.Linear(16, 50), torch.randint(0, 50, (40,)), []
     for loss_of in (plain_loss, fused_loss):
@@ -51,8 +51,8 @@ def test_fused_and_plain_loss_agree_in_the_precisions_of_training(bf16, toleranc
         assert (plain - fused).norm() <= tolerance * plain.norm()
 
 
-def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "__setitem__", None)  # the way to the gradient
+def test_the_fused_loss_computes_gradients_only_if_they_are_needed(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__setitem__", None)  # used to compute the gradient
     projection, x, label = nn.Linear(4, 10), torch.randn(3, 4), torch.tensor([1, 2, 3])
     with torch.no_grad():
         assert torch.allclose(fused_loss(x, projection, label, 0.1), plain_loss(x, projection, label, 0.1))
@@ -60,7 +60,7 @@ def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):
         fused_loss(x, projection, label, 0.1)
 
 
-def test_the_fused_loss_holds_where_softmax_underflows():
+def test_the_fused_loss_is_exact_where_the_softmax_underflows():
     projection = nn.Linear(1, 3, bias=False)
     projection.weight.data = torch.tensor([[0.0], [500.0], [-500.0]])
     projection.bias = nn.Parameter(torch.zeros(3))
@@ -70,10 +70,10 @@ def test_the_fused_loss_holds_where_softmax_underflows():
 
 @pytest.mark.parametrize("k", [1, 3, 10])
 @pytest.mark.parametrize("V", [7, 64, 640, 2560, 2561, 5000])
-def test_the_likeliest_are_found_by_blocks(k, V):
+def test_fast_top_finds_the_k_largest_logits(k, V):
     k = min(k, V)
     logits = torch.randn(9, V, generator=torch.Generator().manual_seed(0))
-    logits[0] = torch.linspace(-1, 1, V)  # all in the last block and what is left over
+    logits[0] = torch.linspace(-1, 1, V)  # the largest are in the last block and the remainder
     logits[1] = -logits[0]
     logits[2, 5:] = -torch.inf
     values, indices = fast_top(logits, k)
@@ -82,19 +82,19 @@ def test_the_likeliest_are_found_by_blocks(k, V):
     assert all(len(set(row)) == k for row in indices.tolist())
 
 
-def test_dropout_keeps_the_mean_and_drops_its_share():
+def test_dropout_keeps_the_mean_and_zeroes_a_fraction_p():
     torch.manual_seed(0)
-    x = torch.ones(1000, 301)  # not a multiple of the eight bytes drawn at once
+    x = torch.ones(1000, 301)  # not a multiple of the 8 bytes that are drawn at a time
     for p in (0.1, 0.3, 0.5):
         dropped = Dropout(p)(x)
         assert (dropped == 0).float().mean().item() == pytest.approx(p, abs=0.004)
         assert dropped.mean().item() == pytest.approx(1, abs=0.004)
         assert len(dropped.unique()) == 2
-    for byte in range(8):  # every byte of a drawn word is as random as the others
+    for byte in range(8):  # each byte of a 64-bit word is equally random
         assert (byte_mask(x, 0.25).flatten()[byte::8] == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
 
 
-def test_dropout_drops_the_same_in_the_gradient_and_follows_the_seed():
+def test_dropout_uses_one_mask_forward_and_backward_and_follows_the_seed():
     x = torch.ones(50, 50, requires_grad=True)
     torch.manual_seed(1)
     first = Dropout(0.3)(x)
@@ -108,14 +108,14 @@ def test_dropout_drops_the_same_in_the_gradient_and_follows_the_seed():
 
 
 @pytest.mark.parametrize("p", [0.0001, 0.9999])
-def test_dropout_at_its_ends(p):
+def test_dropout_works_with_probabilities_near_0_and_1(p):
     x = torch.ones(1000, 100)
     dropped = Dropout(p)(x)
     assert dropped.mean().item() == pytest.approx(1, abs=0.2)
     assert 0 < (dropped == 0).float().mean() < 1
 
 
-def test_products_in_bf16_are_those_of_autocast_on_weights_cast_once():
+def test_bf16_products_equal_autocast_and_cast_the_weights_once():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4, bias=False))
     x = torch.randn(3, 8)

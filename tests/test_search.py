@@ -1,3 +1,8 @@
+"""Greedy and beam search, over scripted decoders and over a small Transformer.
+
+B  sentences being searched    V  vocabulary    W  beam size
+"""
+
 import itertools
 import math
 
@@ -11,101 +16,119 @@ from search import Hypothesis, beam_search, greedy_decode, length_normalizer
 from translate import CachedDecoder, UncachedDecoder
 
 
-class Script:
-    """A StepDecoder that writes down fixed sentences, one logit a token."""
+class ScriptedDecoder:
+    """A StepDecoder that predicts the tokens of given sentences, and records the ids of each step."""
 
     def __init__(self, sentences: list[list[int]]):
         self.rows = [[*ids, EOS] for ids in sentences]
-        self.t, self.asked = 0, []
+        self.t, self.inputs = 0, []
 
-    def step(self, ids: torch.Tensor) -> torch.Tensor:
-        self.asked.append(ids.tolist())
+    def step(self, ids: Tensor) -> Tensor:
+        self.inputs.append(ids.tolist())
         following = [row[self.t] if self.t < len(row) else PAD for row in self.rows]
         self.t += 1
         return torch.nn.functional.one_hot(torch.tensor(following), 20).float()
 
-    def select(self, rows: torch.Tensor, sentences: Tensor | None = None) -> None:
+    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
         self.rows = [self.rows[i] for i in rows]
 
 
-def test_greedy_search_stops_each_sentence_at_its_end_or_limit():
+def test_greedy_search_ends_each_sentence_at_eos_or_at_its_length_limit():
     sentences = [[5, 6], [], [7] * 11, [8] * 30]
-    script = Script(sentences)
-    assert greedy_decode(script, torch.tensor([20, 20, 20, 13])) == [[5, 6], [], [7] * 11, [8] * 13]
-    assert script.asked[0] == [SOS] * 4
-    # It looks every 4 steps: two had finished at the first look, a third at the third, the last at the fourth.
-    assert [len(ids) for ids in script.asked] == [4] * 4 + [2] * 8 + [1] * 4
+    decoder = ScriptedDecoder(sentences)
+    assert greedy_decode(decoder, torch.tensor([20, 20, 20, 13])) == [[5, 6], [], [7] * 11, [8] * 13]
+    assert decoder.inputs[0] == [SOS] * 4
+    # Finished sentences are dropped every 4 steps: two after 4 steps, one after 12, the last after 16.
+    assert [len(ids) for ids in decoder.inputs] == [4] * 4 + [2] * 8 + [1] * 4
 
 
-def test_a_few_finished_sentences_stay_until_it_is_worth_moving_the_others():
+def test_the_batch_shrinks_only_when_an_eighth_is_finished():
     sentences = [[5], [6] * 5, [7] * 6, *([i] * 30 for i in range(4, 19))]
-    script = Script(sentences)
-    assert greedy_decode(script, torch.tensor([20] * 18)) == [ids[:20] for ids in sentences]
-    # One of 18 is finished at the first look, less than an eighth; three at the second.
-    assert [len(ids) for ids in script.asked] == [18] * 8 + [15] * 12
+    decoder = ScriptedDecoder(sentences)
+    assert greedy_decode(decoder, torch.tensor([20] * 18)) == [ids[:20] for ids in sentences]
+    # After 4 steps one of 18 is finished, less than an eighth; after 8 steps three are.
+    assert [len(ids) for ids in decoder.inputs] == [18] * 8 + [15] * 12
 
 
-class Chain:
-    """A StepDecoder whose next token depends on the step and the last token alone, and on no source."""
+@pytest.mark.parametrize(
+    ("length", "length_penalty", "expected"), [(1, 0.6, 1), (19, 0.5, 2), (19, 1.0, 4), (7, 2.0, 4), (19, 0.0, 1)]
+)
+def test_the_length_normalizer_is_equation_14_of_wu_et_al(length, length_penalty, expected):
+    assert length_normalizer(length, length_penalty) == pytest.approx(expected)
+    assert length_normalizer(torch.tensor([length]), length_penalty).item() == pytest.approx(expected)
 
-    def __init__(self, vocab: int, seed: int):
-        numbers = torch.randn(40, vocab, vocab, generator=torch.Generator().manual_seed(seed))
-        self.log_p, self.t = numbers.mul(1.5).log_softmax(-1), -1
+
+class MarkovDecoder:
+    """A StepDecoder whose next token depends only on the step and the previous token, not on a source sentence."""
+
+    def __init__(self, V: int, seed: int):
+        logits = 1.5 * torch.randn(40, V, V, generator=torch.Generator().manual_seed(seed))
+        self.log_p, self.steps = logits.log_softmax(-1), 0
 
     def step(self, ids: Tensor) -> Tensor:
-        self.t += 1
-        return self.log_p[self.t, ids]
+        self.steps += 1
+        return self.log_p[self.steps - 1, ids]
 
     def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
         pass
 
 
-def every_hypothesis(chain: Chain, limit: int, length_penalty: float) -> list[Hypothesis]:
-    """All there are: those that end with [EOS] within the limit, and those that the limit cuts."""
-    vocab = range(chain.log_p.size(-1))
-    others = [i for i in vocab if i != EOS]
+def all_hypotheses(decoder: MarkovDecoder, limit: int, length_penalty: float) -> list[Hypothesis]:
+    """Every hypothesis, best first: those that end with [EOS] within the limit, and those that the limit cuts off."""
+    vocabulary = range(decoder.log_p.size(-1))
+    others = [i for i in vocabulary if i != EOS]
     found = []
     for length in range(1, limit + 1):
         for ids in itertools.product(others, repeat=length - 1):
-            for last in [EOS] if length < limit else vocab:
+            for last in [EOS] if length < limit else vocabulary:
                 path = [SOS, *ids, last]
-                log_p = sum(chain.log_p[t, a, b].item() for t, (a, b) in enumerate(itertools.pairwise(path)))
-                kept = [*ids] if last == EOS else [*ids, last]
-                found.append(Hypothesis(kept, log_p, log_p / float(length_normalizer(length, length_penalty))))
+                log_p = sum(decoder.log_p[t, a, b].item() for t, (a, b) in enumerate(itertools.pairwise(path)))
+                without_eos = [*ids] if last == EOS else [*ids, last]
+                found.append(Hypothesis(without_eos, log_p, log_p / ((5 + length) / 6) ** length_penalty))
     return sorted(found, key=lambda h: -h.score)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
-def test_a_beam_wide_enough_for_all_finds_the_best(seed, length_penalty):
-    """Five tokens, four steps: with room for every hypothesis nothing can be pruned or stopped too early."""
-    chain = Chain(5, seed)
-    expected = every_hypothesis(chain, 4, length_penalty)
-    (found,) = beam_search(chain, torch.tensor([4]), len(expected), length_penalty, n_best=10)
+def test_a_beam_as_large_as_the_search_space_finds_the_best_hypotheses(seed, length_penalty):
+    """Five tokens and four steps: the beam holds every hypothesis, so none can be pruned."""
+    decoder = MarkovDecoder(5, seed)
+    expected = all_hypotheses(decoder, 4, length_penalty)
+    (found,) = beam_search(decoder, torch.tensor([4]), len(expected), length_penalty, n_best=10)
     assert [h.ids for h in found] == [h.ids for h in expected[:10]]
     for a, b in zip(found, expected, strict=False):
         assert (a.log_probability, a.score) == pytest.approx((b.log_probability, b.score), abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_stopping_early_changes_nothing(seed, monkeypatch):
-    """The same search with the bound out of reach runs to the limit and must find the same."""
+def test_stopping_early_does_not_change_the_result_of_beam_search(seed, monkeypatch):
+    """Compared with a search to the length limit, whose bound is never reached."""
     limits = torch.tensor([17, 40, 23])
-    early = beam_search(Chain(12, seed), limits, beam_size=4, length_penalty=1.0, n_best=3)
+    early, complete = MarkovDecoder(12, seed), MarkovDecoder(12, seed)
+    found = beam_search(early, limits, beam_size=4, length_penalty=1.0, n_best=3)
     monkeypatch.setattr("search.cannot_improve", lambda nth_best, bound: nth_best > math.inf)
-    assert beam_search(Chain(12, seed), limits, beam_size=4, length_penalty=1.0, n_best=3) == early
+    assert beam_search(complete, limits, beam_size=4, length_penalty=1.0, n_best=3) == found
+    assert early.steps <= complete.steps == 40
+
+
+def test_beam_search_stops_when_no_unfinished_hypothesis_can_improve():
+    decoder = MarkovDecoder(12, seed=0)
+    decoder.log_p[..., EOS] += 10
+    decoder.log_p = decoder.log_p.log_softmax(-1)
+    assert [h.ids for (h,) in beam_search(decoder, torch.tensor([40, 17]), beam_size=4)] == [[], []]
+    assert decoder.steps == 4  # the first check for finished sentences
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_beam_of_one_is_greedy(seed):
+def test_beam_search_with_a_beam_of_one_equals_greedy_search(seed):
     limits = torch.tensor([5, 30, 12, 30])
-    greedy = greedy_decode(Chain(12, seed), limits)
-    assert [h.ids for (h,) in beam_search(Chain(12, seed), limits, beam_size=1)] == greedy
+    greedy = greedy_decode(MarkovDecoder(12, seed), limits)
+    assert [h.ids for (h,) in beam_search(MarkovDecoder(12, seed), limits, beam_size=1)] == greedy
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("beam_size", [1, 2, 5])
-def test_cached_and_uncached_search_write_the_same(tiny_model, beam_size):
+def test_search_finds_the_same_with_and_without_a_cache(tiny_model, beam_size):
     torch.manual_seed(1)
     source = torch.randint(4, 50, (6, 9))
     source[2, 5:] = source[4, 2:] = PAD
@@ -120,7 +143,7 @@ def test_cached_and_uncached_search_write_the_same(tiny_model, beam_size):
 
 
 @torch.inference_mode()
-def test_log_probabilities_are_those_of_the_model(tiny_model):
+def test_hypotheses_have_the_log_probabilities_of_the_model(tiny_model):
     torch.manual_seed(1)
     source = torch.randint(4, 50, (3, 7))
     decoder = CachedDecoder(tiny_model, source, 12)
@@ -133,13 +156,13 @@ def test_log_probabilities_are_those_of_the_model(tiny_model):
             log_p = tiny_model(x, target, padding_mask(x), causal_mask(target.size(1))).log_softmax(-1)
             total = log_p.gather(-1, label.unsqueeze(-1)).sum().item()
             assert h.log_probability == pytest.approx(total, abs=1e-4)
-            assert h.score == pytest.approx(total / float(length_normalizer(label.size(1), 0.6)), abs=1e-4)
+            assert h.score == pytest.approx(total / ((5 + label.size(1)) / 6) ** 0.6, abs=1e-4)
 
 
 @torch.inference_mode()
-def test_a_batch_finds_what_each_sentence_finds_alone(tiny_model):
+def test_searching_a_batch_equals_searching_each_sentence_separately(tiny_model):
     torch.manual_seed(1)
-    source, limits = torch.randint(4, 50, (20, 8)), 1 + torch.arange(20) * 13 % 30  # some finish long before the others
+    source, limits = torch.randint(4, 50, (20, 8)), 1 + torch.arange(20) * 13 % 30  # limits from 1 to 30
     together = beam_search(CachedDecoder(tiny_model, source, 30), limits, 3, n_best=2)
     greedy = greedy_decode(CachedDecoder(tiny_model, source, 30), limits)
     for n in range(20):

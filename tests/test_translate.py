@@ -1,3 +1,5 @@
+"""The Translator, precision and device, and the command line of translate.py."""
+
 import subprocess
 import sys
 
@@ -29,9 +31,10 @@ def translator(trained_run) -> Translator:
     return Translator.load(trained_run, "cpu")
 
 
+@pytest.mark.slow
 @torch.inference_mode()
-def test_search_with_a_cache_equals_the_plain_loop(translator):
-    """The slow way: the whole target through the decoder for every new token, a sentence at a time."""
+def test_greedy_search_equals_a_plain_loop_without_a_cache(translator):
+    """The loop runs one sentence at a time and computes all target positions for each new token."""
     model = translator.model
     for sentence in SENTENCES[:2]:
         ids = translator.encode(sentence)
@@ -40,14 +43,14 @@ def test_search_with_a_cache_equals_the_plain_loop(translator):
         while target[0, -1] != EOS and target.size(1) <= 2 * len(ids) + 10:
             out = model(source, target, padding_mask(source), causal_mask(target.size(1)))
             target = torch.cat([target, out[:, -1:].argmax(-1)], 1)
-        slow = [i for i in target[0].tolist() if i not in (SOS, EOS)]
-        assert translator.search([ids])[0] == slow
+        expected = [i for i in target[0].tolist() if i not in (SOS, EOS)]
+        assert translator.search([ids])[0] == expected
 
 
-def test_precision_is_bf16_where_the_processor_has_units_and_the_model_is_worth_it(monkeypatch):
+def test_auto_precision_is_bf16_for_a_large_model_on_a_cpu_with_bf16_support(monkeypatch):
     cpu, large, small = torch.device("cpu"), torch.nn.Linear(2_000, 1_000), torch.nn.Linear(2, 2)
-    for units, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units, raising=False)
+    for capabilities, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
         assert choose_precision("auto", cpu, large) == expected
         assert choose_precision("auto", cpu, small) == "fp32"
         assert choose_precision("fp32", cpu, large) == "fp32"
@@ -55,24 +58,26 @@ def test_precision_is_bf16_where_the_processor_has_units_and_the_model_is_worth_
         choose_precision("fp16", cpu, small)
 
 
-def test_in_bf16_it_finds_what_it_finds_in_fp32(translator, trained_run):
-    quick = Translator.load(trained_run, "cpu", precision="bf16")
-    assert (translator.precision, quick.precision) == ("fp32", "bf16")
+@pytest.mark.slow
+def test_translations_in_bf16_are_nearly_those_in_fp32(translator, trained_run):
+    bf16 = Translator.load(trained_run, "cpu", precision="bf16")
+    assert (translator.precision, bf16.precision) == ("fp32", "bf16")
     sentences = [pair.src_text for pair in toy_pairs("en", "it", "validation")[:40]]
-    both = zip(translator.hypotheses(sentences, 4), quick.hypotheses(sentences, 4), strict=True)
-    same = [(exact, near) for (exact,), (near,) in both if exact.ids == near.ids]
-    assert len(same) >= 32  # a young model is often of two minds
+    both = zip(translator.hypotheses(sentences, 4), bf16.hypotheses(sentences, 4), strict=True)
+    same = [(a, b) for (a,), (b,) in both if a.ids == b.ids]
+    assert len(same) >= 32  # after one epoch of training, hypotheses often have similar scores
     differences = [abs(a.log_probability - b.log_probability) / (len(a.ids) + 1) for a, b in same]
-    assert 0 < max(differences) < 0.05  # in bf16 a logit between 8 and 16 is rounded by up to 1/32
+    assert 0 < max(differences) < 0.05  # bf16 rounds a logit between 8 and 16 by up to 1/32
 
 
+@pytest.mark.slow
 @torch.inference_mode()
-def test_a_batch_gives_what_each_sentence_gives_alone(translator):
-    together = translator.translate(SENTENCES)
-    assert together == [translator.translate([s])[0] for s in SENTENCES]
-    assert together[2] == together[4] == ""
-    assert together[0] == together[5] != together[1]
-    assert together == translator.translate(SENTENCES, batch_tokens=1)
+def test_translating_a_batch_equals_translating_each_sentence_separately(translator):
+    batched = translator.translate(SENTENCES)
+    assert batched == [translator.translate([s])[0] for s in SENTENCES]
+    assert batched[2] == batched[4] == ""
+    assert batched[0] == batched[5] != batched[1]
+    assert batched == translator.translate(SENTENCES, batch_tokens=1)
     beams = translator.translate(SENTENCES, beam_size=4)
     assert beams == [translator.translate([s], beam_size=4)[0] for s in SENTENCES]
     found = translator.hypotheses(SENTENCES, beam_size=4, n_best=2)
@@ -80,7 +85,8 @@ def test_a_batch_gives_what_each_sentence_gives_alone(translator):
     assert [translator.tokenizer_tgt.decode(h[0].ids) if h else "" for h in found] == beams
 
 
-def test_the_encoder_runs_once(translator, monkeypatch):
+@pytest.mark.slow
+def test_the_encoder_runs_once_per_translation(translator, monkeypatch):
     calls = []
     encode = translator.model.encode
     monkeypatch.setattr(translator.model, "encode", lambda *a: calls.append(1) or encode(*a))
@@ -89,7 +95,8 @@ def test_the_encoder_runs_once(translator, monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_run_is_loaded_in_one_call_wherever_it_stands(trained_run, translator, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_run_folder_can_be_moved_and_is_found_under_weights(trained_run, translator, tmp_path, monkeypatch):
     weights = RunFolder(trained_run).load_newest()[1]["model"]
     assert all(torch.equal(w, weights[name]) for name, w in translator.model.state_dict().items())
     moved = tmp_path / "weights" / "moved"
@@ -101,17 +108,18 @@ def test_a_run_is_loaded_in_one_call_wherever_it_stands(trained_run, translator,
     )
 
 
-def test_unknown_words_and_overlong_sentences_are_said(translator, capsys):
+@pytest.mark.slow
+def test_unknown_words_and_too_long_sentences_are_reported(translator, capsys):
     assert translator.unknown_words("I can eat a pizza with Bob.") == ["pizza", "with", "Bob"]
-    long = "I " * 100
+    too_long = "I " * 100
     with pytest.raises(InputError, match="102 tokens exceeds the limit of 64"):
-        translator.translate([long])
-    lines = list(translate_lines(translator, iter(["She sleeps.", long, "He sleeps."]), chunk=2))
+        translator.translate([too_long])
+    lines = list(translate_lines(translator, iter(["She sleeps.", too_long, "He sleeps."]), chunk=2))
     assert (lines[0] != "", lines[1], lines[2] != "") == (True, "", True)
     assert "line 2 is left blank" in capsys.readouterr().err
 
 
-def test_devices():
+def test_an_unknown_or_missing_device_is_an_error():
     assert get_device("cpu").type == "cpu"
     with pytest.raises(InputError, match="tpu"):
         get_device("tpu")
@@ -120,39 +128,41 @@ def test_devices():
             get_device("cuda")
 
 
-def shell(*arguments: str, **options) -> subprocess.CompletedProcess:
+def run_script(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / "translate.py"), *arguments], capture_output=True, **options)
 
 
-def test_the_command_line(trained_run, translator, tmp_path):
+@pytest.mark.slow
+def test_the_command_line_translates_arguments_and_lines_and_reports_errors(trained_run, translator, tmp_path):
     run = ["--run-dir", str(trained_run)]
-    digits = shell(*run, "5")
+    digits = run_script(*run, "5")
     assert digits.returncode == 0
     assert b"not in the vocabulary of this run: 5" in digits.stderr
-    piped = shell(*run, input="\r\n".join(SENTENCES).encode())
+    piped = run_script(*run, input="\r\n".join(SENTENCES).encode())
     assert piped.stdout.decode().splitlines() == translator.translate(SENTENCES)
-    bad = shell(*run, input=b"She sleeps.\n\xff\n")
+    bad = run_script(*run, input=b"She sleeps.\n\xff\n")
     assert (bad.returncode, bad.stderr.count(b"\n")) == (2, 1)
     assert b"stdin line 2 is not UTF-8" in bad.stderr
-    garbled = shell(*run, b"\xff\xfe ab")
-    assert (garbled.returncode, garbled.stderr.count(b"\n")) == (2, 1)
-    none = shell("She sleeps.", cwd=tmp_path)
+    not_utf8 = run_script(*run, b"\xff\xfe ab")
+    assert (not_utf8.returncode, not_utf8.stderr.count(b"\n")) == (2, 1)
+    none = run_script("She sleeps.", cwd=tmp_path)
     assert (none.returncode, none.stdout, none.stderr.count(b"\n")) == (2, b"", 1)
     assert b"no trained run" in none.stderr
-    several = shell(*run, "--beam-size", "3", "--n-best", "2", "She sleeps.").stdout.decode().splitlines()
-    numbers, scores, log_probabilities, texts = zip(*(line.split("\t") for line in several), strict=True)
+    n_best = run_script(*run, "--beam-size", "3", "--n-best", "2", "She sleeps.").stdout.decode().splitlines()
+    numbers, scores, log_probabilities, texts = zip(*(line.split("\t") for line in n_best), strict=True)
     assert numbers == ("1", "1")
     assert float(scores[0]) > float(scores[1])
     assert max(map(float, log_probabilities)) < 0
     assert texts[0] == translator.translate(["She sleeps."], beam_size=3)[0] != texts[1]
-    wide = shell(*run, "--beam-size", "2", "--n-best", "3", "She sleeps.")
-    assert (wide.returncode, wide.stderr.count(b"\n")) == (2, 1)
-    missing = shell("--run-dir", "nowhere", "She sleeps.", cwd=tmp_path)
+    too_many = run_script(*run, "--beam-size", "2", "--n-best", "3", "She sleeps.")
+    assert (too_many.returncode, too_many.stderr.count(b"\n")) == (2, 1)
+    missing = run_script("--run-dir", "nowhere", "She sleeps.", cwd=tmp_path)
     assert (missing.returncode, missing.stderr.count(b"\n")) == (2, 1)
     assert b"nowhere" in missing.stderr
 
 
-def test_a_closed_pipe_is_quiet(trained_run):
+@pytest.mark.slow
+def test_a_closed_pipe_ends_the_program_without_an_error(trained_run):
     command = (
         f'yes "She sleeps." | head -2000 | {sys.executable} {ROOT / "translate.py"} --run-dir {trained_run} | head -1'
     )

@@ -1,4 +1,4 @@
-"""train.py as torchrun starts it in test_parallel.py: in float64, or with a fault built in."""
+"""train.py as test_distributed.py starts it: in float64, with a wrong loss, or with a process that dies."""
 
 import os
 import signal
@@ -13,19 +13,19 @@ from compute import distributed
 from config import run_command
 
 torch.set_num_threads(1)
-if "DOUBLE" in os.environ:
+if "USE_FLOAT64" in os.environ:
     torch.set_default_dtype(torch.float64)
-if "MEAN_OF_EACH_PROCESS" in os.environ:  # the usual mistake
+if "AVERAGE_PER_PROCESS" in os.environ:  # a common mistake: the mean over processes of each one's mean loss per token
     distributed.sum_over_processes = lambda number: max(1, number) * distributed.world_size()
 
 if "DIE_AT_STEP" in os.environ and distributed.rank() == 1:
-    step = train.train_step
+    train_step = train.train_step
 
-    def last_step(state, *args, **kwargs):
+    def train_step_or_die(state, *args, **kwargs):
         if state.progress.step == int(os.environ["DIE_AT_STEP"]):
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(state, *args, **kwargs)
+        return train_step(state, *args, **kwargs)
 
-    train.train_step = last_step
+    train.train_step = train_step_or_die
 
 run_command(train.main)
