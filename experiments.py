@@ -183,6 +183,8 @@ def main(
     """
     if not sentence or not sentence.strip():
         raise InputError('give a sentence, as in python experiments.py "I can eat an apple."')
+    if sentences < 1:
+        raise InputError(f"--sentences is {sentences}; give 1 or more")
     for path in (html, csv):
         if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
             raise InputError(f"cannot write {path}; give the name of a file in an existing folder")

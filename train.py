@@ -33,7 +33,7 @@ from compute.device import (
     peak_memory,
     runs_asynchronously,
 )
-from config import Config, InputError, get_config, parse, run_command
+from config import PRESETS, Config, InputError, counted, get_config, parse, run_command
 from corpora.sources import count_shared, load_split
 from dataset import Batches, BilingualDataset, encode_splits, make_loader
 from evaluate import format_scores, score
@@ -175,7 +175,7 @@ def run_validation(
         sources, references = rows["src"].to_pylist(), rows["tgt"].to_pylist()
         predicted = translator.translate(sources, show_progress=True)
         scores |= score(predicted, references)
-        line += f"   {format_scores({k: v for k, v in scores.items() if k != 'loss'})} of {count} sentences"
+        line += f"   {format_scores({k: v for k, v in scores.items() if k != 'loss'})} of {counted(count, 'sentence')}"
         examples = list(zip(sources, references, predicted, strict=True))[: config.validation_examples]
         for source, reference, prediction in examples:
             tqdm.write(f"    source  {source}\n    target  {reference}\n predicted  {prediction}\n")
@@ -243,7 +243,7 @@ def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
     folder.check_writable()
     if config.mirror_dir:
         mirror.check_mounted(RunFolder(config.mirror_dir))
-    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.create()
     with folder.locked():
         folder.sweep()
         if config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
@@ -253,10 +253,11 @@ def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
 
 def warn_shared_pairs(train_pairs: Dataset, validation_pairs: Dataset) -> None:
     if shared := count_shared(train_pairs, validation_pairs):
-        print(
-            f"warning: validation pairs that are also in the training set: {shared:,}; scores will be too optimistic",
-            file=sys.stderr,
-        )
+        warn(f"validation pairs that are also in the training set: {shared:,}; scores will be too optimistic")
+
+
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def count_steps(config: Config, train: BilingualDataset) -> int:
@@ -275,15 +276,25 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     print(f"device       {device.type} ({device_name(device)}), {precision}{processes}")
     print(f"run          {folder}")
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
-    print(f"             {len(train):,} training pairs, {len(validation):,} validation pairs")
+    held_out = config.validation_source or "held out"
+    print(f"             {len(train):,} training pairs, {len(validation):,} validation pairs ({held_out})")
     for part, data in (("training", train), ("validation", validation)):
         if data.skipped_blank or data.skipped_long:
             print(f"             skipped in {part}: {data.skipped_blank:,} pairs with a blank side,", end=" ")
             print(f"{data.skipped_long:,} with more than {config.seq_len} tokens (--seq-len)")
     print(f"model        {parameters:,} parameters, vocabulary of {sizes[0]:,} source and {sizes[1]:,} target tokens")
-    print(f"training     {count_steps(config, train):,} steps, up to {config.num_epochs} epochs")
+    steps = count_steps(config, train)
+    print(f"training     {counted(steps, 'step')}, up to {counted(config.num_epochs, 'epoch')}")
     if config.keep_checkpoints:
-        print(f"             keeping the best and the last {config.keep_checkpoints} checkpoints (--keep-checkpoints)")
+        checkpoints = counted(config.keep_checkpoints, "checkpoint")
+        print(f"             keeping the best and the last {checkpoints} (--keep-checkpoints)")
+    if config.warmup_steps >= steps:
+        warmup = counted(config.warmup_steps, "step")
+        warn(f"the warmup ({warmup}) never ends, so the learning rate stays below --lr; lower --warmup-steps")
+    preset = PRESETS[config.preset]
+    if config.validation_source == preset.get("validation_source") and config.datasource != preset["datasource"]:
+        warn(f"validation pairs are those of the preset, {config.validation_source}; give --validation-source FILE,")
+        warn(f"or --validation-source '' to hold out a part of {config.datasource}")
 
 
 def is_finished(progress: Progress, config: Config) -> bool:
@@ -449,11 +460,11 @@ def report_end(config: Config, folder: RunFolder, state: TrainingState, start_st
     """Prints why training ended, the time and the peak memory."""
     progress, is_early = state.progress, out_of_patience(config, folder)
     if progress.step == start_step and (is_early or is_finished(progress, config)):
-        done = f"{progress.epoch} epochs and {progress.step:,} steps are done"
+        done = f"{counted(progress.epoch, 'epoch')} and {counted(progress.step, 'step')} are done"
         write(f"nothing left to train: {done}; to continue, raise --num-epochs, --max-steps or --patience")
         return
     if is_early:
-        write(f"stopped early: no better validation score for {config.patience} epochs (--patience)")
+        write(f"stopped early: no better validation score for {counted(config.patience, 'epoch')} (--patience)")
     memory = peak_memory(state.device)
     write(f"trained in {seconds:.0f} s" + (f", peak memory {memory / 1e9:.1f} GB" if memory else ""))
 
@@ -492,9 +503,9 @@ def main(argv: list[str]) -> None:
         sys.exit(128 + state.stop_signal)
     if distributed.is_first():
         print("\nNext:")
-        print(f'  python translate.py --run-dir {folder} "A sentence."')
+        print(f'  python translate.py --run-dir {folder} "SENTENCE"')
         print(f"  python evaluate.py --run-dir {folder}")
-        print(f'  python visualize.py --run-dir {folder} "A sentence." --html attention.html')
+        print(f'  python visualize.py --run-dir {folder} "SENTENCE" --html attention.html')
         print(f"  tensorboard --logdir {folder.tensorboard}")
 
 

@@ -308,7 +308,7 @@ def check_search(beam_size: int, length_penalty: float, n_best: int = 1) -> None
     if not 0 <= length_penalty < math.inf:
         raise InputError(f"--length-penalty is {length_penalty}; give 0 or more")
     if not 1 <= n_best <= beam_size:
-        raise InputError(f"--n-best is {n_best}; give 1 to {beam_size} (--beam-size)")
+        raise InputError(f"--n-best is {n_best}; give 1 to --beam-size ({beam_size})")
 
 
 def main(

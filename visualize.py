@@ -41,7 +41,7 @@ def main(
 
     Args:
         sentence: the sentence to translate
-        run_dir: folder of the run; empty: the run trained last
+        run_dir: folder of the run; empty: the most recently trained run
         target: a translation to use instead of the run's own
         html: write an interactive page that works offline
         png: write a picture of all heads of one kind of attention

@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import nn
 
-from config import InputError
+from config import InputError, counted
 
 # Number of parameters from which `auto` selects bf16 on a CPU. Relative to fp32, a training step in bf16 takes 0.5 of
 # the time with the base model (49 million parameters), 0.64 with the Multi30k model (2.6 million) and 0.75 with the toy
@@ -33,7 +33,7 @@ def device_name(device: torch.device) -> str:
     """A description of the device, such as "NVIDIA A100-SXM4-40GB" or "8 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+    return counted(torch.get_num_threads(), "thread") if device.type == "cpu" else "Apple GPU"
 
 
 def runs_asynchronously(device: torch.device) -> bool:

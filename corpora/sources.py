@@ -45,6 +45,8 @@ def load_pairs(source: str, config: Config) -> datasets.Dataset:
         return load_file(Path(source), config)
     if any(Path(f"{source}.{lang}").exists() for lang in (config.lang_src, config.lang_tgt)):
         return load_aligned(source, config)
+    if Path(source).is_file() and source.endswith((f".{config.lang_src}", f".{config.lang_tgt}")):
+        raise InputError(f"{source} is one of two text files; give their common prefix, {Path(source).with_suffix('')}")
     is_path = source.startswith((".", "/", "~")) or (Path(name).parent.is_dir() and "/" in name)
     if is_path and not Path(name).is_dir():
         raise InputError(
@@ -225,8 +227,8 @@ def load_hub(name: str, split: str, config: Config) -> datasets.Dataset:
                 f"the folder {name} cannot be read as a dataset ({error}); give Parquet files, or a .tsv file"
             ) from None
         raise InputError(
-            f"the Hub dataset {name!r} cannot be reached (no network, or no such dataset); "
-            "use local files, --datasource data/train for data/train.en and data/train.it, or --preset toy"
+            f"the Hub dataset {name!r} cannot be reached (no network, or no such dataset), and there is no file "
+            f"{name}.{config.lang_src}; give local files (see --help), or use --preset toy"
         ) from None
     languages = (config.lang_src, config.lang_tgt)
     if len(rows):

@@ -68,7 +68,8 @@ class AttentionTrace:
                 about["candidates"] = [[(token, log_p) for token, log_p in step] for step in about["candidates"]]
                 return cls(weights={kind: arrays[kind] for kind in KINDS}, **about)
         except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
-            raise InputError(f"{path} is not a saved trace ({error}); write one with visualize.py --save") from None
+            reason = "no such file" if isinstance(error, FileNotFoundError) else "damaged, or of another kind"
+            raise InputError(f"{path} is not a saved trace ({reason}); write one with visualize.py --save") from None
 
 
 # ---------------------------------------------------------------------------- recording

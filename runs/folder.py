@@ -137,7 +137,8 @@ class RunFolder:
         path = self.config_file
         if not path.is_file():
             raise InputError(
-                f"no run in {str(self)!r}: it has no config.json; train one with python train.py --run-dir {self}"
+                f"no run in {str(self)!r}: it has no config.json; train one, "
+                f"for example with python train.py --preset toy --run-dir {self}"
             )
         try:
             values = json.loads(path.read_text(encoding="utf8"))
@@ -295,6 +296,12 @@ class RunFolder:
             raise InputError(f"{self} holds exported weights, which cannot be trained; choose another --run-dir")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise InputError(f"cannot write into {existing}; fix its permissions or choose another --run-dir")
+
+    def create(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot create {self} ({error}); choose another --run-dir") from None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

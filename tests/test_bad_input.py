@@ -18,6 +18,7 @@ import torch
 from conftest import checkpoints
 
 import evaluate
+import experiments
 import train
 import translate
 import visualize
@@ -32,6 +33,7 @@ SCRIPTS = {
     "translate": lambda argv: parse(translate.main, argv),
     "evaluate": lambda argv: parse(evaluate.main, argv),
     "visualize": lambda argv: parse(visualize.main, argv),
+    "experiments": lambda argv: parse(experiments.main, argv),
 }
 
 TRAIN_TINY = (
@@ -135,6 +137,7 @@ CASES = [
     Case("missing pair of text files", train_new("./none"), r"no \./none\.en and no folder"),
     Case("missing text file of one language", train_new("a"), r"no file a\.it; line n of", files(a_en="1\n")),
     Case("missing validation file", train_new("pairs.tsv", "--validation-source none.tsv"), r"no file none\.tsv"),
+    Case("text file instead of the prefix", train_new("./a.en"), r"common prefix, a$", files(a_en="1\n", a_it="1\n")),
     Case("source without a name", train_new(":train"), "has no name; give one"),
     Case("empty file", train_new("a.tsv"), r"a\.tsv contains no pairs; give", file("a.tsv", "")),
     Case(
@@ -181,7 +184,7 @@ CASES = [
     ),
     Case("unknown toy language", "train --preset toy --lang-tgt fr", "no language 'fr'; it has en, it, de"),
     Case("unknown toy split", "train --datasource toy:tset --run-dir new", "no split 'tset'; it has train"),
-    Case("Hub unreachable", "train --run-dir new", "opus_books' cannot be reached .*; use local files"),
+    Case("Hub unreachable", "train --run-dir new", "opus_books' cannot be reached .*; give local files"),
     Case("corpus changed", RESUME, "the corpus has changed since .* restore it", shorten_corpus),
     Case(
         "byte-order mark, carriage returns, line separators",
@@ -251,7 +254,11 @@ CASES = [
     Case("unknown flag", TRANSLATE + " --beam_sice 3 hi", "unknown flag --beam_sice .did you mean --beam-size"),
     Case("two sentences", TRANSLATE + " hi there", "unknown extra argument there"),
     Case("beam size of 0", TRANSLATE + " --beam-size 0 hi", "--beam-size is 0; give 1"),
-    Case("n-best larger than the beam", TRANSLATE + " --beam-size 2 --n-best 3 hi", "--n-best is 3; give 1 to 2"),
+    Case(
+        "n-best larger than the beam",
+        TRANSLATE + " --beam-size 2 --n-best 3 hi",
+        "--n-best is 3; give 1 to --beam-size .2",
+    ),
     Case(
         "unknown epoch", TRANSLATE + " --weights 7 hi", r"no weights '7' .* give best, latest or one of tmodel_00\.pt"
     ),
@@ -262,6 +269,11 @@ CASES = [
     ),
     Case("source without reference", "evaluate --run-dir run --source pairs.tsv", "go together; give both"),
     Case("missing text", "evaluate --run-dir run --source a.en --reference a.it", r"no file a\.en"),
+    Case("no sentences", "experiments --run-dir run --sentences 0 hi", "--sentences is 0; give 1 or more"),
+    Case("damaged trace", "visualize --trace-file pairs.tsv", "not a saved trace .damaged, or of another kind"),
+    Case(
+        "folder that cannot be created", train_new("pairs.tsv").replace("new", "/proc/x"), "cannot (create|write into)"
+    ),
     Case("no test split", "evaluate --run-dir run --split test", "no test_source; name one"),
     Case("output is a folder", "visualize --run-dir run --html run hi", "run is a folder; give the name of a file"),
     Case("output in a missing folder", "visualize --run-dir run --png no/a.png hi", "no folder no to write"),

@@ -587,3 +587,15 @@ def test_a_lost_run_is_restored_from_its_mirror_and_resumes(tiny_config, tmp_pat
     with pytest.raises(InputError, match="mount the Drive first"):
         train_model(replace(config, run_dir=str(tmp_path / "new"), mirror_dir=str(tmp_path / "gone" / "run")))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_warmup_that_never_ends_and_validation_pairs_of_the_preset_are_reported(tiny_config, capsys):
+    train_model(replace(tiny_config, warmup_steps=100, max_steps=2))
+    assert "warning: the warmup (100 steps) never ends" in capsys.readouterr().err
+    train_model(replace(tiny_config, max_steps=3, warmup_steps=1))
+    assert "warning" not in capsys.readouterr().err
+    other = replace(tiny_config, run_dir=tiny_config.run_dir + "2", validation_source="toy:validation", max_steps=1)
+    train_model(other)
+    out, err = capsys.readouterr()
+    assert "1,000 validation pairs (toy:validation)" in out
+    assert "warning: validation pairs are those of the preset, toy:validation; give --validation-source" in err
