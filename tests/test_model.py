@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from compute.ops import Dropout
+from config import get_config
 from dataset import PAD, padding_mask
-from model import MultiHeadAttentionBlock, PositionalEncoding, build_transformer, causal_mask
+from model import MultiHeadAttentionBlock, PositionalEncoding, build_transformer, causal_mask, get_model
 
 
 def random_ids(B: int = 3, S: int = 9, T: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,6 +166,14 @@ def test_sizes_that_do_not_fit_are_rejected():
         build_transformer(50, 60, 10, 10, d_model=16, N=1, h=2, share_embeddings="all")
     with pytest.raises(ValueError, match="not divisible by the 3 heads"):
         build_transformer(50, 50, 10, 10, d_model=16, N=1, h=3)
+
+
+def test_each_dropout_setting_reaches_its_layers():
+    config = get_config("toy", dropout=0.1, attention_dropout=0.2, feed_forward_dropout=0.3)
+    for name, module in get_model(config, 50, 60).named_modules():
+        if isinstance(module, Dropout):
+            expected = 0.2 if "attention_block" in name else 0.3 if "feed_forward_block" in name else 0.1
+            assert module.p == expected, name
 
 
 def test_matrices_are_initialized_xavier_uniform():

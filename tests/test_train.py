@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, checkpoints, run_path
 
 import train
-from compute.ops import Dropout
+from compute.ops import Dropout, fused_loss
 from config import Config, InputError, get_config
 from dataset import get_ds
 from runs.checkpoint import load_checkpoint
@@ -124,6 +124,43 @@ def test_accumulated_batches_of_unequal_size_give_the_same_step_as_one_batch(tin
         loss, norm, tokens, _ = run.step(*(run.train[part] for part in parts))
         steps.append((loss.item(), norm.item(), tokens))
     assert steps[0] == pytest.approx(steps[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.01])
+def test_a_step_uses_the_given_learning_rate_and_clips_the_gradient(tiny_config, clip_norm):
+    run = ManualRun(replace(tiny_config, clip_norm=clip_norm, lr=1.0, warmup_steps=4))
+    norms, rates = [], []
+
+    def observe(optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        rates.extend(group["lr"] for group in optimizer.param_groups)
+
+    run.state.optimizer.register_step_pre_hook(observe)
+    report = run.step(run.train[[0, 1, 2]])
+    assert report.gradient_norm.item() > 0.01  # before clipping
+    assert norms == [pytest.approx(clip_norm or report.gradient_norm.item(), rel=1e-3)]
+    assert rates == [0.25, 0.25]
+
+
+def test_weight_decay_applies_to_matrices_only(tiny_config):
+    run = ManualRun(replace(tiny_config, weight_decay=0.5))
+    decay = {id(p): group["weight_decay"] for group in run.state.optimizer.param_groups for p in group["params"]}
+    for name, parameter in run.model.named_parameters():
+        is_vector = name.endswith("bias") or ".norm." in name
+        assert decay[id(parameter)] == (0.0 if is_vector else 0.5), name
+
+
+def test_labels_are_smoothed_in_training_but_not_in_validation(tiny_config, monkeypatch):
+    smoothing: dict[bool, set[float]] = {True: set(), False: set()}  # by whether gradients are computed
+
+    def observe(x, projection, label, label_smoothing):
+        smoothing[torch.is_grad_enabled()].add(label_smoothing)
+        return fused_loss(x, projection, label, label_smoothing)
+
+    monkeypatch.setattr("training.losses.fused_loss", observe)
+    train_model(replace(tiny_config, label_smoothing=0.3, num_epochs=1))
+    assert smoothing == {True: {0.3}, False: {0.0}}
 
 
 def is_identical(a, b) -> bool:
