@@ -596,7 +596,7 @@ def check_encoder(encoder_block: Callable, encoder: Callable) -> str:
     result = call(name, encoder_block, x, mask, block)
     require_tensor(name, result, x.shape)
     other = x.clone()
-    other[1, 4:] += 1
+    other[1, 4:] += torch.randn(2, 16)  # a constant would vanish in the norm
     changed = call(name, encoder_block, other, mask, block)
     leak = (changed - result)[1, :4].abs().max()
     mistakes = {
@@ -644,8 +644,8 @@ def check_decoder(decoder_block: Callable, decoder: Callable) -> str:
         return call(name, decoder_block, x, memory, src_mask, tgt_mask, layers[0])
 
     later, padded = x.clone(), memory.clone()
-    later[:, 3:] += 1
-    padded[1, 4:] += 1
+    later[:, 3:] += torch.randn(B, 2, D)  # a constant would vanish in the norm
+    padded[1, 4:] += torch.randn(2, D)
     future = (run(later) - result)[:, :3].abs().amax((0, 2))
     leak = (run(memory=padded) - result).abs().max()
     cross = f"changing a [PAD] of the source changes the output by {leak:.2f}"
@@ -765,7 +765,8 @@ def check_shift_labels(shift_labels: Callable) -> None:
 
 def check_smoothed_loss(smoothed_loss: Callable) -> None:
     name, V, smoothing = "smoothed_loss", 20, 0.1
-    logits, label = 2 * torch.randn(3, 6, V), torch.randint(4, V, (3, 6))
+    label = torch.randint(4, V, (3, 6))
+    logits = 2 * torch.randn(3, 6, V) + 5 * F.one_hot(label, V)  # as of a trained model
     label[1, 4:] = label[2, 2:] = PAD
     is_token = label != PAD
     count = is_token.sum()
