@@ -31,8 +31,6 @@ import search
 from compute.ops import plain_loss
 from dataset import EOS, PAD, SOS
 
-INFINITY = math.inf
-
 
 class CheckFailed(Exception):
     """One sentence that names the mistake."""
@@ -449,9 +447,9 @@ def check_masked_attention(masked_attention: Callable) -> None:
             raw / scale * mask
         ).softmax(-1),
         "scores are not divided by sqrt(d_k), as they are in step 5": reference(query * scale, key, mask),
-        f"-infinity is written after the softmax: {row}": unmasked.masked_fill(~mask, -INFINITY),
+        f"-infinity is written after the softmax: {row}": unmasked.masked_fill(~mask, -math.inf),
         "the softmax is over the queries (dimension -2) instead of the keys (dimension -1)": (raw / scale)
-        .masked_fill(~mask, -INFINITY)
+        .masked_fill(~mask, -math.inf)
         .softmax(-2)
         .nan_to_num(),
     }

@@ -145,7 +145,7 @@ def batch_loss(functions: SimpleNamespace, model: OwnTransformer, batch: dict, s
 
 
 def train(
-    functions: SimpleNamespace, corpus: ToyCorpus, steps: int = 300, lr: float = 3e-3, log_every: int = 50
+    functions: SimpleNamespace, corpus: ToyCorpus, steps: int = 280, lr: float = 3e-3, log_every: int = 50
 ) -> OwnTransformer:
     """Trains a new model with Adam, linear warmup and a cosine schedule. Prints the loss every `log_every` steps."""
     config, model = corpus.config, new_model(functions, corpus)

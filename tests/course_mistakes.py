@@ -348,7 +348,7 @@ def cross_without_mask(x, encoder_output, src_mask, tgt_mask, block):
     return decode(x, block, cross, tgt_mask)
 
 
-@mistake("decoder_block", "tgt_mask is not applied in self-attention: position 2 changes by")
+@mistake("decoder_block", "tgt_mask is not applied in self-attention: position 1 changes by")
 def decoder_without_mask(x, encoder_output, src_mask, tgt_mask, block):
     def cross(x):
         return block.cross_attention_block(x, encoder_output, encoder_output, src_mask)
