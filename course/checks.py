@@ -109,7 +109,10 @@ def call(name: str, function: Callable, *arguments):
     except Exception as error:
         place = next((f.line for f in reversed(traceback.extract_tb(error.__traceback__)) if f.name == name), "")
         where = f" in the line `{place}`" if place else ""
-        fail(name, f"{type(error).__name__}{where}: {' '.join(str(error).split())}")
+        text = " ".join(str(error).split())
+        if text == "'Tensor' object is not callable":
+            text += "; give a function of x, as in lambda x: …, not its result"
+        fail(name, f"{type(error).__name__}{where}: {text}")
     if result is None:
         raise CheckFailed(f"Step {step_of(name).number}, {name}, is not written yet: it returns None")
     return result

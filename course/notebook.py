@@ -72,7 +72,7 @@ TRAINING = """## Train your model
 `own_model` puts your functions into a model: the parameters are in PyTorch modules, everything computed with them is
 your code. It trains on the toy corpus, 24,000 sentence pairs from a grammar with 250 English and 589 Italian words and
 punctuation marks. The test sentences combine words that occur together in no training sentence. Training takes about
-half a minute."""
+half a minute. If you change a function, run the next cells again."""
 
 LOOP = "The training loop, which calls your functions:"
 

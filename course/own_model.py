@@ -190,7 +190,8 @@ def next_logits_of(functions: SimpleNamespace, model: Transformer, source: Tenso
     encoder_output = model.encode(source, src_mask)
 
     def next_logits(ids: list[int]) -> Tensor:
-        x = model.decode(encoder_output, src_mask, torch.tensor([ids]), functions.causal_mask(len(ids)))
+        target = torch.as_tensor(ids).view(1, -1)  # (1, T)
+        x = model.decode(encoder_output, src_mask, target, functions.causal_mask(target.size(1)))
         return model.project(x[:, -1])[0]  # (1, T, D) -> (V,)
 
     return next_logits
@@ -208,7 +209,7 @@ def translate(
             ids = functions.beam_search(next_logits, LIMIT, beam_size)
         else:
             ids = functions.greedy_decode(next_logits, LIMIT)
-        translations.append(corpus.tokenizer_tgt.decode(ids))
+        translations.append(corpus.tokenizer_tgt.decode([int(i) for i in ids]))
     return translations
 
 
@@ -238,7 +239,7 @@ def trace(functions: SimpleNamespace, model: Transformer, corpus: ToyCorpus, sen
     """The attention weights of the learner's greedy translation of a sentence."""
     next_logits = next_logits_of(functions, model, encode(corpus, sentence))
     with torch.inference_mode():
-        ids = functions.greedy_decode(next_logits, LIMIT)
+        ids = [int(i) for i in functions.greedy_decode(next_logits, LIMIT)]
     return record_trace(translator_of(model, corpus), sentence, ids)
 
 

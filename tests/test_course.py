@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import course_solutions
 import nbformat
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from course_mistakes import MISTAKES
 from nbclient import NotebookClient
@@ -17,6 +20,7 @@ from nbclient import NotebookClient
 from course import grade, notebook
 from course.checks import STEPS, CheckFailed, RandomModel, best_of_project, own_functions, run_step, sentences, step_of
 from course.lessons import GLOSSARY, LESSONS, QUESTIONS
+from dataset import EOS, PAD, SOS
 from search import length_normalizer
 
 SCRIPT, NOTEBOOK = ROOT / "build_it_yourself.py", ROOT / "Build_It_Yourself.ipynb"
@@ -88,6 +92,77 @@ def test_the_solutions_pass_with_one_line(step, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"Step {step.number} passed: ")
     assert printed.count("\n") == 1
+
+
+def other_layer_norm(x, gain, bias, eps=1e-5):
+    return F.layer_norm(x, (x.size(-1),), gain, bias, eps)
+
+
+def other_positional_encoding(seq_len, d_model):
+    """As in the tutorial."""
+    pe = torch.zeros(seq_len, d_model)
+    position = torch.arange(0, seq_len, dtype=torch.float).unsqueeze(1)
+    div_term = torch.exp(torch.arange(0, d_model, 2).float() * (-math.log(10000.0) / d_model))
+    pe[:, 0::2], pe[:, 1::2] = torch.sin(position * div_term), torch.cos(position * div_term)
+    return pe
+
+
+def other_masked_attention(query, key, value, mask):
+    """With a large negative number instead of -infinity, and in place."""
+    scores = torch.einsum("...qd,...kd->...qk", query, key) / query.size(-1) ** 0.5
+    scores.masked_fill_(mask == 0, -1e9)
+    scores = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    return [scores @ value, scores]
+
+
+def other_residual(x, sublayer, norm, dropout):
+    x += dropout(sublayer(norm(x)))
+    return x
+
+
+def other_shift_labels(target):
+    """As dataset.batch_of: the decoder does not read [EOS]."""
+    label = target[:, 1:]
+    return target[:, :-1].masked_fill(label == PAD, PAD), label
+
+
+def other_smoothed_loss(logits, label, smoothing):
+    return F.cross_entropy(logits.flatten(0, 1), label.flatten(), ignore_index=PAD, label_smoothing=smoothing)
+
+
+def other_greedy_decode(next_logits, max_length):
+    """With a tensor of ids."""
+    ids = torch.tensor([SOS])
+    for _ in range(max_length):
+        token = next_logits(ids).argmax(-1, keepdim=True)
+        if token == EOS:
+            break
+        ids = torch.cat([ids, token])
+    return ids[1:]
+
+
+OTHERS = [
+    other_layer_norm,
+    other_positional_encoding,
+    other_masked_attention,
+    other_residual,
+    other_shift_labels,
+    other_smoothed_loss,
+    other_greedy_decode,
+]
+
+
+@pytest.mark.parametrize("function", OTHERS, ids=lambda function: function.__name__)
+def test_other_right_solutions_pass(function):
+    name = function.__name__.removeprefix("other_")
+    run_step(step_of(name), RIGHT | {name: function})
+
+
+def test_a_result_in_place_of_a_function_is_explained():
+    def encoder_block(x, src_mask, block):
+        return block.residual_connections[1](x, block.feed_forward_block(x))
+
+    assert "give a function of x" in message_of(STEPS[8], RIGHT | {"encoder_block": encoder_block})
 
 
 # ---------------------------------------------------------------------------- wrong solutions
@@ -279,6 +354,19 @@ def test_a_model_of_the_solutions_learns_the_toy_corpus(tmp_path, monkeypatch):
     trace = own_model.trace(functions, model, corpus, corpus.sources[0])
     assert trace.weights["cross"].shape[:2] == (2, 8)
     assert abs(trace.weights["cross"].sum(-1) - 1).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_in_the_empty_notebook_every_check_fails_with_its_own_message(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    empty = nbformat.read(NOTEBOOK, as_version=4)
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(empty, timeout=600, resources=place, allow_errors=True).execute()
+    checks = [cell for cell in empty.cells if cell.cell_type == "code" and cell.source.startswith("check_")]
+    for step, cell in zip(STEPS, checks, strict=True):
+        (error,) = cell.outputs
+        sentence = f"Step {step.number}, {step.names[0]}, is not written yet"
+        assert (error.evalue, error.traceback) == (sentence, [f"CheckFailed: {sentence}"])
 
 
 @pytest.mark.slow
