@@ -20,11 +20,12 @@ LAYERS = [
     ["training"],
     ["train"],
     ["interpret"],
+    ["course"],
     ["export", "experiments", "visualize"],
-    ["convert"],
+    ["build_it_yourself", "convert"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-ROOMS = ["compute", "corpora", "interpret", "runs", "training"]
+ROOMS = ["compute", "corpora", "course", "interpret", "runs", "training"]
 
 
 def modules() -> list[Path]:

@@ -1,0 +1,1 @@
+"""The course: a learner writes the Transformer in twelve steps, and checks name the mistakes."""
