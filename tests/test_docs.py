@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import train
 
-ROOMS = ("corpora", "runs", "training", "compute", "interpret")
+ROOMS = ("corpora", "runs", "training", "compute", "interpret", "course")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 PAGES_WITH_COMMANDS = [page for page in PAGES if page.parent.name != "benchmarks"]
 PICTURES = sorted(path for path in ROOT.glob("docs/*") if path.suffix in (".png", ".gif"))
