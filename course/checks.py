@@ -129,7 +129,7 @@ def report_missing(name: str, error: NotImplementedError) -> NoReturn:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+    return a.shape == b.shape and torch.allclose(a.to(b.dtype), b, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def require_tensor(name: str, result, shape: tuple[int, ...], what: str = "the result") -> None:
@@ -137,6 +137,8 @@ def require_tensor(name: str, result, shape: tuple[int, ...], what: str = "the r
         fail(name, f"{what} is of type {type(result).__name__}; return a tensor")
     if tuple(result.shape) != tuple(shape):
         fail(name, f"{what} has the shape {tuple(result.shape)}, not {tuple(shape)}")
+    if result.is_floating_point() and result.dtype != torch.float32:
+        fail(name, f"{what} holds {result.dtype}; the project computes with torch.float32")
 
 
 def require_equal(

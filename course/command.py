@@ -66,6 +66,6 @@ def train(namespace: Mapping) -> None:
     for source, translation in zip(examples, own_model.translate(functions, model, corpus, examples), strict=True):
         print(f"{source}  ->  {translation}")
     trace = mean_over_heads(own_model.trace(functions, model, corpus, "I can eat an apple."))
+    print("\nthe mean over the heads:")
     for layer in range(corpus.config.decoder_layers):
-        print(f"\ncross-attention, layer {layer}, mean over the heads")
         print(heat_map_text(trace, "cross", layer, 0))

@@ -58,6 +58,8 @@ def grade_file(path: Path) -> list[str]:
             messages.append("")
         except CheckFailed as error:
             messages.append(str(error))
+        except Exception as error:  # a result that the check did not expect
+            messages.append(f"Step {step.number}: the check stopped with {type(error).__name__}: {error}")
     return messages
 
 

@@ -27,8 +27,8 @@ LESSONS = [
     Lesson(
         r"""
 A token is a number, its row in a table of vectors. The table is learned. The paper multiplies each row by the square
-root of the width, because the same table may serve as the last layer, where smaller numbers are needed; it also keeps
-the embeddings as large as the position encodings that are added next.
+root of the width: where the table also serves as the last layer, its numbers are small, and the factor makes the
+embeddings as large as the position encodings that are added next.
 
 $$\text{embeddings}(ids) = W_{ids} \cdot \sqrt{D}$$
 

@@ -109,7 +109,7 @@ def hint_cell(hint: str):
 
 
 def step_cells(step: Step, lesson: Lesson, sources: dict[str, str]) -> list:
-    check = f"check_{step.check.__name__.removeprefix('check_')}({', '.join(step.names)})"
+    check = f"{step.check.__name__}({', '.join(step.names)})"
     cells = [
         new_markdown_cell(f"## Step {step.number}: {step.title}\n\n{lesson.text.strip()}"),
         new_code_cell("\n\n\n".join(sources[name] for name in step.names)),

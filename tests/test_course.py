@@ -158,6 +158,13 @@ def test_other_right_solutions_pass(function):
     run_step(step_of(name), RIGHT | {name: function})
 
 
+def test_double_precision_is_named():
+    def positional_encoding(seq_len, d_model):
+        return RIGHT["positional_encoding"](seq_len, d_model).double()
+
+    assert "holds torch.float64" in message_of(STEPS[1], RIGHT | {"positional_encoding": positional_encoding})
+
+
 def test_a_result_in_place_of_a_function_is_explained():
     def encoder_block(x, src_mask, block):
         return block.residual_connections[1](x, block.feed_forward_block(x))
