@@ -8,23 +8,23 @@ SENTENCE := "I can eat an apple."
 help:  ## print the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*##[ ]*/\1|/' | awk -F'|' '{printf "make %-7s %s\n", $$1, $$2}'
 
-demo: .venv/run  ## train on the embedded corpus, evaluate, translate, write a page of the attention
+demo: .venv/run  ## train on the embedded corpus, evaluate, translate, write an attention page
 	$(BIN)/python train.py --preset toy $(RUN)
 	$(BIN)/python evaluate.py $(RUN) --split test
 	$(BIN)/python translate.py $(RUN) $(SENTENCE)
 	$(BIN)/python visualize.py $(RUN) $(SENTENCE) --html weights/toy.en-it/attention.html
 
-check: .venv/dev  ## linters and the quick tests, under a minute
+check: .venv/dev  ## run the linters and the quick tests, under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not slow"
 
-test: .venv/dev  ## linters and all tests, as in continuous integration
+test: .venv/dev  ## run the linters and all tests, as in continuous integration
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-clean:  ## remove the virtual environment and caches; weights/ is kept
+clean:  ## remove the virtual environment and caches, but not weights/
 	rm -rf .venv .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
