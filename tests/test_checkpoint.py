@@ -100,7 +100,7 @@ def test_a_checkpoint_of_a_newer_schema_is_rejected(tmp_path, monkeypatch):
         load_checkpoint(tmp_path / "tmodel_00.pt")
 
 
-def test_checkpoints_of_schema_1_are_read_with_the_present_names(tmp_path, monkeypatch):
+def test_checkpoints_of_schema_1_are_read_with_the_current_names(tmp_path, monkeypatch):
     """They held the trained weights of a run with an EMA in "learner", and the EMA in "model"."""
     trained, ema = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
     monkeypatch.setattr(checkpoint, "SCHEMA", 1)

@@ -26,7 +26,7 @@ def logits(model: nn.Module, source: torch.Tensor, target: torch.Tensor) -> torc
     return model(source, target, padding_mask(source), padding_mask(target) & causal_mask(target.size(1)))
 
 
-def test_recorded_scores_have_the_right_shapes_sum_to_one_and_are_dropped(tiny_model):
+def test_recorded_scores_have_the_right_shapes_and_rows_that_sum_to_one(tiny_model):
     source, target = random_ids()
     with tiny_model.recording():
         assert logits(tiny_model, source, target).shape == (3, 7, 60)
@@ -109,13 +109,13 @@ def test_cached_decoding_step_by_step_equals_one_full_forward_pass(tiny_model):
     source[1, 5:] = PAD
     mask = padding_mask(source)
     encoder_output = tiny_model.encode(source, mask)
-    whole = tiny_model.decode(encoder_output, mask, target, causal_mask(7))
+    full = tiny_model.decode(encoder_output, mask, target, causal_mask(7))
     projections = []
     w_k = tiny_model.decoder.layers[0].cross_attention_block.w_k
     w_k.register_forward_hook(lambda *_: projections.append(1))
     caches = tiny_model.new_caches(capacity=10)
     steps = [tiny_model.decode(encoder_output, mask, target[:, t : t + 1], None, caches) for t in range(7)]
-    assert torch.allclose(whole, torch.cat(steps, 1), atol=1e-5)
+    assert torch.allclose(full, torch.cat(steps, 1), atol=1e-5)
     assert len(projections) == 1  # the keys of the encoder output are computed once
 
 
@@ -123,7 +123,7 @@ def test_a_cache_keeps_the_selected_rows_in_the_given_order(tiny_model):
     source, target = random_ids()
     mask = padding_mask(source)
     encoder_output = tiny_model.encode(source, mask)
-    whole = tiny_model.decode(encoder_output, mask, target, causal_mask(7))
+    full = tiny_model.decode(encoder_output, mask, target, causal_mask(7))
     caches = tiny_model.new_caches(capacity=7)
     for t in range(4):
         tiny_model.decode(encoder_output, mask, target[:, t : t + 1], None, caches)
@@ -132,7 +132,7 @@ def test_a_cache_keeps_the_selected_rows_in_the_given_order(tiny_model):
         layer.self_attention.select(rows)
         layer.cross_attention.select(rows)
     step = tiny_model.decode(encoder_output[rows], mask[rows], target[rows, 4:5], None, caches)
-    assert torch.allclose(whole[rows, 4:5], step, atol=1e-5)
+    assert torch.allclose(full[rows, 4:5], step, atol=1e-5)
 
 
 def test_position_encodings_are_the_sines_and_cosines_of_the_paper():
