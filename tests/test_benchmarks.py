@@ -20,7 +20,7 @@ import precision
 import training_speed
 from workload import SyntheticPairs, decoding_batches, time_interleaved, training_batches
 
-pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # from torch.nn.Transformer
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:enable_nested_tensor")]  # from torch.nn.Transformer
 CPU = torch.device("cpu")
 SMALL = ["--sizes", "tiny", "--vocabulary", "60", "--rounds", "1"]
 

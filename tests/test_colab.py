@@ -54,6 +54,7 @@ def machine(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_new_machine_resumes_from_the_drive(machine, tmp_path):
     form = {"PRESET": "toy", "SAVE_EVERY_STEPS": 100}
     first, _ = machine("first", **form, NUM_EPOCHS=1)

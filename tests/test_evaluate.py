@@ -32,6 +32,7 @@ def test_the_signature_includes_the_tokenizer():
     assert "nc:6" in signature(metric="chrf")
 
 
+@pytest.mark.slow
 def test_json_scores_of_two_files(trained_run, tmp_path):
     (tmp_path / "a.en").write_text("She sleeps.\nHe sleeps.\n")
     (tmp_path / "a.it").write_text("Dorme.\nDorme.\n")
@@ -44,6 +45,7 @@ def test_json_scores_of_two_files(trained_run, tmp_path):
     assert {"bleu", "chrf", "cer", "wer", "exact", "signature", "chrf_signature", "seconds"} <= set(found)
 
 
+@pytest.mark.slow
 def test_the_scores_of_a_split_are_printed(trained_run, capsys):
     main(run_dir=str(trained_run), split="test")
     out = capsys.readouterr().out
@@ -52,6 +54,7 @@ def test_the_scores_of_a_split_are_printed(trained_run, capsys):
     assert signature() in out
 
 
+@pytest.mark.slow
 def test_a_sentence_longer_than_seq_len_counts_as_a_blank_translation(trained_run, tmp_path, capsys):
     (tmp_path / "a.en").write_text("She sleeps.\n" + "I " * 80 + "\n")
     (tmp_path / "a.it").write_text("Dorme.\nIo\n")
@@ -61,6 +64,7 @@ def test_a_sentence_longer_than_seq_len_counts_as_a_blank_translation(trained_ru
     assert "2 sentences" in out.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

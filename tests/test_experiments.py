@@ -81,6 +81,7 @@ def outputs(translator: Translator) -> torch.Tensor:
         return translator.model(source, target, padding_mask(source), causal_mask(4))
 
 
+@pytest.mark.slow
 def test_identity_intervention_gives_bit_identical_output(translator):
     """Compared with the explicit attention used for recording; the fused kernel rounds differently."""
     with translator.model.recording():
@@ -92,6 +93,7 @@ def test_identity_intervention_gives_bit_identical_output(translator):
     assert torch.allclose(plain, outputs(translator), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [*VARIANTS, head_off("cross", 1, 2)], ids=lambda v: v.name)
 def test_variant_changes_the_output_and_restores_the_model(translator, variant):
     plain = outputs(translator)
@@ -106,6 +108,7 @@ def test_variant_changes_the_output_and_restores_the_model(translator, variant):
     assert variant.description.endswith((".", "/n."))
 
 
+@pytest.mark.slow
 def test_model_is_restored_after_an_error(translator):
     plain = outputs(translator)
     with pytest.raises(RuntimeError), interventions.without_sublayers(translator.model, "decoder", ["cross_attention"]):
@@ -113,6 +116,7 @@ def test_model_is_restored_after_an_error(translator):
     assert torch.equal(plain, outputs(translator))
 
 
+@pytest.mark.slow
 def test_interventions_can_be_nested(translator):
     """The inner one gets the result of the outer one; interventions on two heads both take effect."""
     model, seen = translator.model, []
@@ -132,6 +136,7 @@ def test_interventions_can_be_nested(translator):
         assert torch.equal(both, outputs(translator))
 
 
+@pytest.mark.slow
 def test_variants_follow_their_formulas(translator):
     model = translator.model
     source = torch.tensor([translator.encode(SENTENCE)])
@@ -153,11 +158,13 @@ def test_variants_follow_their_formulas(translator):
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_decoding_without_cache_equals_decoding_with_cache(translator):
     sentences = list(load_split(translator.config, "validation")["src"][:40])
     assert translator.translate(sentences, use_cache=False) == translator.translate(sentences)
 
 
+@pytest.mark.slow
 def test_invalid_layers_heads_orders_and_words_are_rejected(translator):
     with (
         pytest.raises(InputError, match="no layer 7"),
@@ -175,6 +182,7 @@ def test_invalid_layers_heads_orders_and_words_are_rejected(translator):
         e.step_table(translator, SENTENCE, ["Quark"])
 
 
+@pytest.mark.slow
 def test_compare_lists_the_baseline_and_all_variants(translator):
     table = e.compare(translator, SENTENCE)
     assert table["variant"].tolist() == ["baseline", *(variant.name for variant in VARIANTS)]
@@ -186,6 +194,7 @@ def test_compare_lists_the_baseline_and_all_variants(translator):
     assert e.reordered(SENTENCE, [2, 4, 1, 0, 3]) == "eat apple. can I an"
 
 
+@pytest.mark.slow
 def test_measure_and_head_importance_on_a_split(translator):
     pairs = load_split(translator.config, "validation").select(range(30))
     table = e.measure(translator, list(pairs["src"]), list(pairs["tgt"])).set_index("variant")
@@ -196,6 +205,7 @@ def test_measure_and_head_importance_on_a_split(translator):
     assert importance["bleu_drop"].max() > 0
 
 
+@pytest.mark.slow
 def test_step_table_holds_the_logits_of_the_model(translator):
     table = e.step_table(translator, SENTENCE)
     ids = translator.search([translator.encode(SENTENCE)])[0]
@@ -207,6 +217,7 @@ def test_step_table_holds_the_logits_of_the_model(translator):
     assert total == pytest.approx(e.log_probability(translator, SENTENCE, ids), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_charts_of_experiments_are_drawn(translator, tmp_path):
     steps, table = e.step_table(translator, SENTENCE), e.compare(translator, SENTENCE, VARIANTS[:3])
     before = record_trace(translator, SENTENCE)
@@ -233,6 +244,7 @@ def test_charts_of_experiments_are_drawn(translator, tmp_path):
         charts.difference(before, record_trace(translator, "She sleeps."), "encoder", 0, 0)
 
 
+@pytest.mark.slow
 def test_command_line(trained_run, tmp_path):
     command = [sys.executable, str(ROOT / "experiments.py"), "--run-dir", str(trained_run)]
     outputs = ["--csv", "t.csv", "--html", "t.html", "--heads", "--split", "test", "--sentences", "10"]

@@ -11,6 +11,8 @@ from export import main, to_ctranslate2, to_safetensors
 from train import train_model
 from translate import Translator
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def translator(trained_run) -> Translator:

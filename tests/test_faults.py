@@ -15,6 +15,8 @@ pytest.importorskip("resource", reason="limits of Unix")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import faults
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> faults.Bench:

@@ -53,6 +53,7 @@ def random_trace(L: int = 2, H: int = 3, S: int = 7, T: int = 5, decoder_L: int 
 # ---------------------------------------------------------------------------- traces
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_trace_holds_the_weights_and_predictions_of_its_tokens(translator, traced):
     source = torch.tensor([translator.encode(SENTENCE)])
@@ -78,12 +79,14 @@ def test_trace_holds_the_weights_and_predictions_of_its_tokens(translator, trace
     assert all(block.attention_scores is None for block in translator.model.attention_blocks()["cross"])
 
 
+@pytest.mark.slow
 def test_given_target_is_traced(translator):
     given = record_trace(translator, "She sleeps.", target="Lavorano.")
     assert given.tgt_tokens == ["[SOS]", "Lavorano", "."]
     assert given.next_tokens == ["Lavorano", ".", "[EOS]"]
 
 
+@pytest.mark.slow
 def test_saved_trace_is_loaded_unchanged(traced, tmp_path):
     traced.save(tmp_path / "trace.npz")
     loaded = AttentionTrace.load(tmp_path / "trace.npz")
@@ -102,6 +105,7 @@ def test_saved_trace_is_loaded_unchanged(traced, tmp_path):
             AttentionTrace.load(tmp_path / "bad.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sentence", "target", "words"),
     [("  ", None, "empty"), ("I " * 80, None, "82 tokens"), ("I sleep.", "Dormo " * 80, "81 tokens")],
@@ -219,6 +223,7 @@ def test_head_statistics_of_known_patterns():
     assert statistics.loc[2, "entropy"] == pytest.approx(np.log2(6), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_alignment_error_is_zero_for_gold_heads_and_one_for_heads_on_sos(translator, monkeypatch):
     pairs = toy_pairs("en", "it", "test")[:20]
 
@@ -243,6 +248,7 @@ def test_alignment_error_is_zero_for_gold_heads_and_one_for_heads_on_sos(transla
 # ---------------------------------------------------------------------------- text
 
 
+@pytest.mark.slow
 def test_text_heat_map_shows_every_weight_in_hundredths(traced):
     drawn = text.heat_map_text(traced, "cross", 1, 0, width=400)
     lines = drawn.splitlines()[2:]
@@ -266,6 +272,7 @@ def png_of(chart: alt.TopLevelMixin, folder: Path) -> Image.Image:
     return Image.open(folder / "chart.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trace",
     [random_trace(), random_trace(L=1, H=2, S=4, T=9, decoder_L=3), random_trace(L=1, H=1, S=60, T=60)],
@@ -286,6 +293,7 @@ def test_every_chart_is_drawn(trace, tmp_path):
         assert np.asarray(png_of(chart, tmp_path)).std() > 10  # not blank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tokens", [["مرحبا", "بالعالم", "مرحبا"], ["🙂", "日本語", "🙂"], ['"', "\\", "'"], ["<b>", "&amp;", "a"]]
 )
@@ -309,12 +317,14 @@ def test_decoder_chart_has_no_masked_cell(tmp_path):
             assert center == (column <= row), (row, column)
 
 
+@pytest.mark.slow
 def test_gif_has_a_frame_for_every_step(tmp_path):
     trace = random_trace()
     charts.save_gif(trace, tmp_path / "steps.gif")
     assert Image.open(tmp_path / "steps.gif").n_frames == len(trace.tgt_tokens)
 
 
+@pytest.mark.slow
 def test_page_holds_the_weights_of_the_model(tmp_path):
     """The weights in the page's JSON differ from the tensors by at most half a thousandth."""
     torch.manual_seed(0)
@@ -348,6 +358,7 @@ def shell(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_command_line(trained_run, tmp_path):
     done = shell(
         "--run-dir", str(trained_run), "--html", "p.html", "--png", "p.png", "--save", "t.npz", SENTENCE, cwd=tmp_path
@@ -360,6 +371,7 @@ def test_command_line(trained_run, tmp_path):
     assert "[SOS] →" in again.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

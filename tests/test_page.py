@@ -10,7 +10,10 @@ from test_interpret import random_trace
 from interpret import page
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium or Chrome with chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium or Chrome with chromedriver"),
+]
 
 # Measures the time from the next click to the first frame in which the canvas has changed.
 WATCH = """

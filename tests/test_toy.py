@@ -132,7 +132,7 @@ def test_pairings_found_in_english_sentences_are_those_of_their_clauses():
         assert pairings_in(make_pair(clause, "en", "it").src_text) == clause.pairings()
 
 
-@pytest.mark.parametrize("lang_tgt", ["it", "de"])
+@pytest.mark.parametrize("lang_tgt", ["it", pytest.param("de", marks=pytest.mark.slow)])
 def test_no_held_out_pairing_occurs_in_training(lang_tgt):
     split_of = toy._held_out_pairings(random.Random(0))
     held_out = {split: {p for p, owner in split_of.items() if owner == split} for split in ("validation", "test")}
@@ -153,7 +153,7 @@ def test_no_held_out_pairing_occurs_in_training(lang_tgt):
         assert held_out[split] <= set().union(*found[split])  # each is tested by some sentence
 
 
-@pytest.mark.parametrize("lang_tgt", ["it", "de"])
+@pytest.mark.parametrize("lang_tgt", ["it", pytest.param("de", marks=pytest.mark.slow)])
 def test_source_sentences_are_distinct_and_every_word_occurs_in_training(lang_tgt):
     splits = {name: toy_pairs("en", lang_tgt, name) for name in toy.SPLIT_SIZES}
     assert {name: len(pairs) for name, pairs in splits.items()} == toy.SPLIT_SIZES
@@ -166,6 +166,7 @@ def test_source_sentences_are_distinct_and_every_word_occurs_in_training(lang_tg
             assert {word for pair in splits[name] for word in tokens_of(pair[side])} <= training_words
 
 
+@pytest.mark.slow
 def test_every_token_is_aligned_and_every_sure_link_is_an_alignment():
     for lang_tgt in ("it", "de"):
         for pair in toy_pairs("en", lang_tgt, "validation"):
