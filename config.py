@@ -248,7 +248,7 @@ def check_values(config: Config) -> None:
         "adam_beta2",
         "ema_decay",
     ):
-        require(0 <= getattr(config, name) < 1, name, "give a number from 0 up to, not including, 1")
+        require(0 <= getattr(config, name) < 1, name, "give a number from 0 (inclusive) to 1 (exclusive)")
     require(0 < config.validation_fraction < 1, "validation_fraction", "give a number between 0 and 1")
     require(config.seq_len >= 3, "seq_len", "give 3 or more: [SOS], a word, [EOS]")
     require(config.datasource != "", "datasource", "name a source, or use --preset toy")

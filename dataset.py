@@ -302,7 +302,7 @@ class Batches:
     """Positions of pairs in batches of similar lengths, each pair in exactly one; a pure function of seed and epoch.
 
     A batch holds as many sentences as fit into `batch_tokens` (sentences x longest sentence), but at least one; or
-    `batch_size` sentences if `batch_tokens` is 0. With `epoch` None nothing is shuffled.
+    `batch_size` sentences if `batch_tokens` is 0. With `epoch` None the order is fixed.
 
     Memory does not grow with the corpus: blocks of consecutive pairs are shuffled and grouped into pools of up to POOL
     pairs; one pool at a time is sorted by length and divided into batches, which are then shuffled.

@@ -420,7 +420,7 @@ def build_transformer(
     The encoder has N blocks, the decoder `decoder_N` (default: N). `dropout` applies to embeddings and sublayer
     outputs, and inside attention and feed-forward blocks unless these have their own. `share_embeddings` (section 3.4):
     "target" ties the target embedding and the projection, "all" also the source embedding, which requires one
-    vocabulary for both languages. Raises ValueError if the sizes of the vocabularies differ.
+    vocabulary for both languages: raises ValueError if the sizes differ.
     """
     inner_dropouts = [dropout if p is None else p for p in (attention_dropout, feed_forward_dropout)]
     encoder = Encoder([EncoderBlock(d_model, h, d_ff, dropout, *inner_dropouts) for _ in range(N)], d_model)

@@ -192,5 +192,5 @@ def cannot_improve(nth_best: Tensor, bound: Tensor) -> Tensor:
 
 
 def gather_tokens(tokens: Tensor, hypotheses: Tensor) -> Tensor:
-    """The rows of `tokens` (B, W, T) at the indices `hypotheses` (B, M): (B, M, T)."""
+    """The tokens (B, W, T) of M of the W hypotheses, given by their indices (B, M): (B, M, T)."""
     return tokens.gather(1, hypotheses.unsqueeze(-1).expand(-1, -1, tokens.size(-1)))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from config import InputError
-from interpret.trace import KINDS
+from interpret.trace import KIND_NAMES, KINDS
 from model import Transformer
 
 Change = Callable[[Tensor], Tensor]  # softmax scores (B, H, Q, K) -> scores of the same shape
@@ -36,10 +36,10 @@ def intervene(
     blocks = model.attention_blocks()[kind]
     for layer in layers or []:
         if not 0 <= layer < len(blocks):
-            raise InputError(f"no layer {layer} in the {kind}; it has layers 0 to {len(blocks) - 1}")
+            raise InputError(f"no layer {layer} in {KIND_NAMES[kind]}; it has layers 0 to {len(blocks) - 1}")
     for head in heads or []:
         if not 0 <= head < blocks[0].h:
-            raise InputError(f"no head {head} in the {kind}; it has heads 0 to {blocks[0].h - 1}")
+            raise InputError(f"no head {head} in {KIND_NAMES[kind]}; it has heads 0 to {blocks[0].h - 1}")
     chosen = [block for layer, block in enumerate(blocks) if layers is None or layer in layers]
     before = [block.intervene for block in chosen]
 

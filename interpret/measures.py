@@ -12,7 +12,7 @@ import pandas as pd
 
 from config import InputError
 from corpora.toy import Pair, tokens_of
-from interpret.trace import KINDS, AttentionTrace, is_punctuation, merge_words, record_trace
+from interpret.trace import KIND_NAMES, KINDS, AttentionTrace, is_punctuation, merge_words, record_trace
 from translate import Translator
 
 # ---------------------------------------------------------------------------- tables
@@ -36,7 +36,7 @@ def weights_table(
     layers, heads = list(range(L)) if layers is None else layers, list(range(H)) if heads is None else heads
     for name, wanted, count in (("layer", layers, L), ("head", heads, H)):
         if bad := [i for i in wanted if not 0 <= i < count]:
-            raise InputError(f"no {name} {bad[0]} in the {kind}; it has {name}s 0 to {count - 1}")
+            raise InputError(f"no {name} {bad[0]} in {KIND_NAMES[kind]}; it has {name}s 0 to {count - 1}")
     rows, columns = trace.labels(kind)
     row, column = np.nonzero(attention_mask(kind, Q, K))
     return pd.concat(
@@ -76,7 +76,7 @@ def weights_of_query(trace: AttentionTrace, kind: str, row: int) -> pd.DataFrame
     """
     table = weights_table(trace, kind)
     if row not in table["row"].to_numpy():
-        raise InputError(f"no row {row} in the {kind}; it has rows 0 to {table['row'].max()}")
+        raise InputError(f"no row {row} in {KIND_NAMES[kind]}; it has rows 0 to {table['row'].max()}")
     return table[table["row"] == row].drop(columns=["kind", "row"]).reset_index(drop=True)
 
 
@@ -88,7 +88,7 @@ def token_lookup(trace: AttentionTrace, kind: str, token: str, top_k: int = 3) -
     rows = trace.labels(kind)[0]
     matches = [i for i, label in enumerate(rows) if label.strip("▁") == token.strip("▁")]
     if not matches:
-        raise InputError(f"no token {token!r} among the rows of the {kind}; its rows are {' '.join(rows)}")
+        raise InputError(f"no token {token!r} among the rows of {KIND_NAMES[kind]}; they are {' '.join(rows)}")
     one_row = ["layer", "head", "row"]
     table = weights_table(trace, kind)
     best = table[table["row"].isin(matches)].sort_values("weight", ascending=False).groupby(one_row).head(top_k)
@@ -145,7 +145,7 @@ def check_row_sums(trace: AttentionTrace, tolerance: float = 1e-4) -> float:
     """The largest deviation of a row sum from 1. Raises ValueError above the tolerance."""
     worst = max(float(np.abs(w.sum(-1) - 1).max()) for w in trace.weights.values())
     if worst > tolerance:
-        raise ValueError(f"a row of attention weights sums to 1 only within {worst:.2g}; the limit is {tolerance:.2g}")
+        raise ValueError(f"a row of weights deviates from a sum of 1 by {worst:.2g}; the limit is {tolerance:.2g}")
     return worst
 
 

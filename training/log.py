@@ -14,7 +14,7 @@ from runs.folder import RunFolder
 
 
 class StepReport(NamedTuple):
-    """Results of one optimizer step. Loss and norm stay on the device, so that it is not synchronized."""
+    """Results of one optimizer step. Loss and norm stay on the device, so that a report does not wait for it."""
 
     loss: Tensor  # nats per target token
     gradient_norm: Tensor
