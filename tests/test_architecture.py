@@ -151,6 +151,7 @@ def test_no_text_is_wider_than_its_box(preset):
             assert 0.5 * row["size"] * len(row["text"]) <= 262, row["text"]
 
 
+@pytest.mark.slow
 def test_files(tmp_path):
     chart = preset_architecture("toy")
     for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<svg")):

@@ -189,6 +189,7 @@ def test_a_mistake_is_named(mistake):
     assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_no_two_mistakes_of_a_function_have_the_same_message():
     messages = {}
     for mistake, (name, function, _) in MISTAKES.items():
@@ -257,16 +258,19 @@ def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_script_stops_at_the_first_failure():
     done = run_script(SCRIPT)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "Step 1, embeddings, is not written yet\n")
 
 
+@pytest.mark.slow
 def test_the_script_checks_one_step_and_prints_hints():
     assert run_script(SCRIPT, "--step", "4").stderr == "Step 4, feed_forward, is not written yet\n"
     assert "torch.relu" in run_script(SCRIPT, "--hint", "4").stdout
 
 
+@pytest.mark.slow
 def test_the_script_passes_with_the_solutions(tmp_path):
     script = tmp_path / "solved.py"
     main = SCRIPT.read_text(encoding="utf8").partition('if __name__ == "__main__":')
@@ -336,6 +340,7 @@ def test_an_endless_loop_and_a_damaged_file_are_reported(tmp_path, monkeypatch):
     assert grade.grade_in_process(endless) == ["not finished after 15 seconds: is there an endless loop?"]
 
 
+@pytest.mark.slow
 def test_a_missing_file_is_an_error():
     done = run_script(SCRIPT, "--grade", "nobody.py")
     assert (done.returncode, done.stderr) == (2, "error: no file nobody.py; give solution files, .py or .ipynb\n")
