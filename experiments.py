@@ -56,7 +56,7 @@ def step_table(
     One row per step and word. By default, the words are the tokens of the translation and the `runners_up` next most
     probable tokens of each step. Raises InputError for a word that is not in the vocabulary.
     """
-    ids = translator.search([translator.encode(sentence)])[0]
+    (ids,) = translator.search([translator.encode(sentence)], use_cache=False)
     logits = step_logits(translator, sentence, ids)
     chosen, token = [*ids, EOS], translator.tokenizer_tgt.id_to_token
     if words is None:

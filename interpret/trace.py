@@ -120,7 +120,7 @@ def target_ids(translator: Translator, src_ids: list[int], target: str | list[in
     """
     limit = translator.config.seq_len
     if target is None:
-        return translator.search([src_ids])[0][: limit - 1]
+        return translator.search([src_ids], use_cache=False)[0][: limit - 1]  # as a variant needs (interventions.py)
     ids = target if isinstance(target, list) else translator.tokenizer_tgt.encode(target).ids
     if len(ids) + 1 > limit:
         raise InputError(

@@ -257,3 +257,16 @@ def test_command_line(trained_run, tmp_path):
     for bad in ([], [SENTENCE, "--html", "no/x.html"], [SENTENCE, "--split", "training"]):
         done = subprocess.run([*command, *bad], capture_output=True, text=True, cwd=tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decoder: source copied", "decoder: shuffled"])
+def test_step_table_and_trace_within_a_variant_show_the_translation_of_that_variant(translator, name):
+    (variant,) = [variant for variant in VARIANTS if variant.name == name]
+    translation = e.compare(translator, SENTENCE, [variant])["translation"][1]
+    with variant.apply(translator.model):
+        steps, trace = e.step_table(translator, SENTENCE), record_trace(translator, SENTENCE)
+    written = steps[steps["chosen"]]["word"].tolist()[:-1]
+    for tokens in (written, trace.tgt_tokens[1:]):
+        ids = [translator.tokenizer_tgt.token_to_id(token) for token in tokens]
+        assert translator.tokenizer_tgt.decode(ids) == translation
