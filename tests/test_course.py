@@ -116,8 +116,10 @@ def other_masked_attention(query, key, value, mask):
 
 
 def other_residual(x, sublayer, norm, dropout):
-    x += dropout(sublayer(norm(x)))
-    return x
+    """With an addition in place, but not to the input."""
+    y = dropout(sublayer(norm(x))).clone()
+    y += x
+    return y
 
 
 def other_shift_labels(target):
