@@ -101,8 +101,18 @@ def fail(name: str, sentence: str) -> NoReturn:
 def call(name: str, function: Callable, *arguments, sizes: str = ""):
     """The function's result. It must not change its arguments. `sizes` completes the message of a RuntimeError."""
     copies = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+    result = result_of(name, function, copies, sizes)
+    if result is None:
+        raise CheckFailed(f"Step {step_of(name).number}, {name}, is not written yet: it returns None")
+    require_unchanged(name, function, arguments, copies)
+    require_gradient(name, function, arguments, sizes)
+    return result
+
+
+def result_of(name: str, function: Callable, arguments: list, sizes: str):
+    """The function's result; an exception is reported with its line."""
     try:
-        result = function(*copies)
+        result = function(*arguments)
     except NotImplementedError as error:
         report_missing(name, error)
     except CheckFailed:
@@ -113,30 +123,32 @@ def call(name: str, function: Callable, *arguments, sizes: str = ""):
         text = " ".join(str(error).split())
         if text == "'Tensor' object is not callable":
             text += "; give a function of x, as in lambda x: …, not its result"
-        if "selected index k out of range" in text:
+        if name == "beam_search" and "selected index k out of range" in text:
             text += "; beam_size may be larger than the number of candidates: use min(beam_size, …)"
         if sizes and isinstance(error, RuntimeError):
             text += f" (here {sizes})"
         fail(name, f"{type(error).__name__}{where}: {text}")
-    if result is None:
-        raise CheckFailed(f"Step {step_of(name).number}, {name}, is not written yet: it returns None")
-    require_unchanged(name, function, arguments, copies)
-    require_gradient(name, function, arguments)
     return result
 
 
 def require_unchanged(name: str, function: Callable, arguments: tuple, copies: list) -> None:
     """Raises CheckFailed if the function has changed an argument, which training would not survive."""
-    for parameter, before, after in zip(inspect.signature(function).parameters, arguments, copies, strict=False):
+    for i, (before, after) in enumerate(zip(arguments, copies, strict=True)):
         if isinstance(before, Tensor) and not before.equal(after):
-            fail(
-                name,
-                f"it changes its input {parameter} in place; write {parameter} = {parameter} + … instead of "
-                f"{parameter} += …, and likewise for other operations",
-            )
+            x = parameter_name(function, i)
+            instead = f"write {x} = {x} + … instead of {x} += …, and likewise for other operations"
+            fail(name, f"it changes its input {x} in place; {instead}")
 
 
-def require_gradient(name: str, function: Callable, arguments: tuple) -> None:
+def parameter_name(function: Callable, i: int) -> str:
+    """The name of a parameter, or x if the function does not tell."""
+    try:
+        return list(inspect.signature(function).parameters)[i]
+    except (ValueError, IndexError):
+        return "x"
+
+
+def require_gradient(name: str, function: Callable, arguments: tuple, sizes: str) -> None:
     """Raises CheckFailed if an operation in place destroys a tensor that the gradient needs."""
     if not any(isinstance(x, Tensor) and x.is_floating_point() for x in arguments):
         return
@@ -145,15 +157,17 @@ def require_gradient(name: str, function: Callable, arguments: tuple) -> None:
         for x in leaves:
             if isinstance(x, Tensor) and x.is_floating_point():
                 x.requires_grad_()
-        result = function(*leaves)
+        result = result_of(name, function, leaves, sizes)
         outputs = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
         outputs = [x for x in outputs if x.requires_grad]
+        if not outputs:  # everything dropped
+            return
         try:
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
         except RuntimeError as error:
             if "inplace operation" in str(error):
                 fail(name, "it changes a tensor in place that the gradient needs; write y = y / z instead of y /= z")
-            raise
+            fail(name, f"the gradient cannot be computed: {' '.join(str(error).split())}")
 
 
 def report_missing(name: str, error: NotImplementedError) -> NoReturn:
