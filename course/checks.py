@@ -631,6 +631,7 @@ def check_residual(residual: Callable) -> str:
 
 
 UNUSED = "the sublayer does not use its argument: lambda y: …(x, …) attends to x before the norm; use y"
+UNUSED_IN_FEED_FORWARD = "the feed-forward sublayer does not use its argument: lambda y: …(x) takes x before the norm"
 KEYS_BEFORE_NORM = "keys and values of self-attention are x before the norm; use the sublayer's argument for all three"
 FIRST_SENTENCE = (
     "[0] on the result of {} takes the first sentence of the batch; the blocks return one tensor, (B, T, D)"
@@ -707,9 +708,7 @@ def check_encoder(encoder_block: Callable, encoder: Callable) -> str:
         ),
         UNUSED: second(plain, feed_forward),
         KEYS_BEFORE_NORM: second(first(x, keys_before_norm), feed_forward),
-        "the feed-forward sublayer does not use its argument: lambda y: …(x) takes x before the norm; use y": (
-            after_attention + feed_forward(after_attention)
-        ),
+        UNUSED_IN_FEED_FORWARD: after_attention + feed_forward(after_attention),
         FIRST_SENTENCE.format("self-attention"): second(first(x, attention_of_first), feed_forward),
         f"{TWICE}, in both sublayers": twice(second, twice(first, x, self_attention), feed_forward),
         f"{TWICE}, in self-attention": second(twice(first, x, self_attention), feed_forward),
@@ -719,7 +718,8 @@ def check_encoder(encoder_block: Callable, encoder: Callable) -> str:
         "the residual connections are not used: their norm and the addition of x are missing": feed_forward(
             self_attention(x)
         ),
-        "the residual connections are not used: their norms are missing": plain + feed_forward(plain),
+        "the norms are missing: the residual connections are not used, or no sublayer uses its argument": plain
+        + feed_forward(plain),
         "feed-forward gets the block's input instead of the output of self-attention": second(x, feed_forward)
         + after_attention
         - x,
@@ -792,6 +792,7 @@ def decoder_mistakes(
     after_self = first(x, self_attention)
     after_cross = second(after_self, cross_attention)
     plain = x + self_attention(x)
+    plain_cross = plain + cross_attention(plain)
     T = x.size(1)
     return {
         "cross-attention takes keys and values from the decoder; they come from encoder_output": third(
@@ -831,7 +832,10 @@ def decoder_mistakes(
             second(first(x, lambda y: block.self_attention_block(y, x, x, tgt_mask)), cross_attention), feed_forward
         ),
         UNUSED + ", in cross-attention": third(after_self + cross_attention(after_self), feed_forward),
-        UNUSED + ", in both attentions": third(plain + cross_attention(plain), feed_forward),
+        UNUSED + ", in both attentions": third(plain_cross, feed_forward),
+        UNUSED_IN_FEED_FORWARD: after_cross + feed_forward(after_cross),
+        "the norms are missing: the residual connections are not used, or no sublayer uses its argument": plain_cross
+        + feed_forward(plain_cross),
         FIRST_SENTENCE.format("self-attention"): third(
             second(first(x, lambda y: self_attention(y)[0]), cross_attention), feed_forward
         ),

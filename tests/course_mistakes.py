@@ -706,6 +706,16 @@ def decoder_ignores_argument(x, encoder_output, src_mask, tgt_mask, block):
     return block.residual_connections[2](x, block.feed_forward_block)
 
 
+@mistake("decoder_block", "the feed-forward sublayer does not use its argument")
+def decoder_ignores_argument_of_feed_forward(x, encoder_output, src_mask, tgt_mask, block):
+    x = block.residual_connections[0](x, lambda x: block.self_attention_block(x, x, x, tgt_mask))
+    x = block.residual_connections[1](
+        x, lambda x: block.cross_attention_block(x, encoder_output, encoder_output, src_mask)
+    )
+    z = x
+    return block.residual_connections[2](x, lambda y: block.feed_forward_block(z))
+
+
 @mistake("decoder_block", "x is added twice: residual_connections already adds it, in all sublayers")
 def decoder_adds_twice(x, encoder_output, src_mask, tgt_mask, block):
     x = x + block.residual_connections[0](x, lambda x: block.self_attention_block(x, x, x, tgt_mask))
