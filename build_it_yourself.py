@@ -82,7 +82,8 @@ def feed_forward(x: Tensor, linear_1: nn.Linear, linear_2: nn.Linear) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Scaled dot-product attention (the paper, equation 1): softmax(Q K^T / sqrt(d_k)) V.
 
-    Returns the pair (context, scores), where scores is the softmax, whose rows sum to 1.
+    Returns the pair (context, scores); as in the tutorial, the returned scores are those after the softmax, the
+    attention weights, whose rows sum to 1.
     query (..., Q, d_k), key and value (..., K, d_k) -> context (..., Q, d_k), scores (..., Q, K)
     """
     raise NotImplementedError
@@ -129,6 +130,7 @@ def multi_head_attention(
     """Projects q, k and v, attends in h heads of d_k = D / h dimensions, joins the heads, applies w_o.
 
     Head 0 has the dimensions 0 to d_k - 1 of the projected vectors, and so on (the paper, section 3.2.2).
+    k and v may have another length than q (cross-attention, K ≠ Q).
     q (B, Q, D), k and v (B, K, D), mask broadcasts to (B, H, Q, K) -> output (B, Q, D), scores (B, H, Q, K)
     """
     raise NotImplementedError
@@ -157,7 +159,7 @@ def encoder_block(x: Tensor, src_mask: Tensor, block) -> Tensor:
     """Self-attention, then feed-forward, each in its residual connection (the paper, section 3.1).
 
     The block has the sublayers as functions:
-        block.self_attention_block(q, k, v, mask)
+        block.self_attention_block(q, k, v, mask), which returns the output (B, S, D) alone, without the scores
         block.feed_forward_block(x)
         block.residual_connections[0](x, sublayer) and [1], where sublayer is a function of x
 
@@ -182,7 +184,7 @@ def decoder_block(x: Tensor, encoder_output: Tensor, src_mask: Tensor, tgt_mask:
 
     In cross-attention the queries come from the decoder, keys and values from the encoder (section 3.2.3). The block
     has what an encoder block has, and:
-        block.cross_attention_block(q, k, v, mask)
+        block.cross_attention_block(q, k, v, mask), which returns the output (B, T, D) alone, without the scores
         block.residual_connections[0], [1] and [2]
 
     x (B, T, D), encoder_output (B, S, D), src_mask (B, 1, 1, S), tgt_mask (B or 1, 1, T, T) -> (B, T, D)
@@ -239,10 +241,10 @@ def smoothed_loss(logits: Tensor, label: Tensor, smoothing: float) -> Tensor:
 
 
 def greedy_decode(next_logits: Callable[[list[int]], Tensor], max_length: int) -> list[int]:
-    """The most probable token at each step, until [EOS] or until there are max_length tokens.
+    """The most probable token at each step, until [EOS] or until there are max_length tokens, not counting SOS.
 
     next_logits(ids) gives the logits (V,) of the token that follows ids. The first call gets [SOS] alone.
-    Returns the ids without SOS and EOS.
+    Returns the ids as ints, without SOS and EOS.
     """
     raise NotImplementedError
 
@@ -255,8 +257,8 @@ def beam_search(
     Each step extends every hypothesis by every token and keeps the beam_size extensions with the highest
     log-probabilities. Those that end with EOS, or have max_length tokens, are finished and set aside; the others are
     the hypotheses of the next step, until none is left. The best finished one has the highest score,
-    log-probability / ((5 + length) / 6)^length_penalty, EOS counted (Wu et al., 2016, equation 14).
-    Returns its ids without SOS and EOS.
+    log-probability / ((5 + length) / 6)^length_penalty (Wu et al., 2016, equation 14), where length is the number of
+    tokens after SOS, EOS included. beam_size may be larger than V. Returns its ids as ints, without SOS and EOS.
     """
     raise NotImplementedError
 

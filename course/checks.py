@@ -98,10 +98,21 @@ def fail(name: str, sentence: str) -> NoReturn:
     raise CheckFailed(f"Step {step_of(name).number}, {name}: {sentence}") from None
 
 
-def call(name: str, function: Callable, *arguments):
-    """The function's result. The arguments are copied, in case the function changes them."""
+def call(name: str, function: Callable, *arguments, sizes: str = ""):
+    """The function's result. It must not change its arguments. `sizes` completes the message of a RuntimeError."""
+    copies = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+    result = result_of(name, function, copies, sizes)
+    if result is None:
+        raise CheckFailed(f"Step {step_of(name).number}, {name}, is not written yet: it returns None")
+    require_unchanged(name, function, arguments, copies)
+    require_gradient(name, function, arguments, sizes)
+    return result
+
+
+def result_of(name: str, function: Callable, arguments: list, sizes: str):
+    """The function's result; an exception is reported with its line."""
     try:
-        result = function(*(x.clone() if isinstance(x, Tensor) else x for x in arguments))
+        result = function(*arguments)
     except NotImplementedError as error:
         report_missing(name, error)
     except CheckFailed:
@@ -112,10 +123,51 @@ def call(name: str, function: Callable, *arguments):
         text = " ".join(str(error).split())
         if text == "'Tensor' object is not callable":
             text += "; give a function of x, as in lambda x: …, not its result"
+        if name == "beam_search" and "selected index k out of range" in text:
+            text += "; beam_size may be larger than the number of candidates: use min(beam_size, …)"
+        if sizes and isinstance(error, RuntimeError):
+            text += f" (here {sizes})"
         fail(name, f"{type(error).__name__}{where}: {text}")
-    if result is None:
-        raise CheckFailed(f"Step {step_of(name).number}, {name}, is not written yet: it returns None")
     return result
+
+
+def require_unchanged(name: str, function: Callable, arguments: tuple, copies: list) -> None:
+    """Raises CheckFailed if the function has changed an argument, which training would not survive."""
+    for i, (before, after) in enumerate(zip(arguments, copies, strict=True)):
+        if isinstance(before, Tensor) and not before.equal(after):
+            x = parameter_name(function, i)
+            instead = f"write {x} = {x} + … instead of {x} += …, and likewise for other operations"
+            fail(name, f"it changes its input {x} in place; {instead}")
+
+
+def parameter_name(function: Callable, i: int) -> str:
+    """The name of a parameter, or x if the function does not tell."""
+    try:
+        return list(inspect.signature(function).parameters)[i]
+    except (ValueError, IndexError):
+        return "x"
+
+
+def require_gradient(name: str, function: Callable, arguments: tuple, sizes: str) -> None:
+    """Raises CheckFailed if an operation in place destroys a tensor that the gradient needs."""
+    if not any(isinstance(x, Tensor) and x.is_floating_point() for x in arguments):
+        return
+    with torch.enable_grad():
+        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments]
+        for x in leaves:
+            if isinstance(x, Tensor) and x.is_floating_point():
+                x.requires_grad_()
+        result = result_of(name, function, leaves, sizes)
+        outputs = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
+        outputs = [x for x in outputs if x.requires_grad]
+        if not outputs:  # everything dropped
+            return
+        try:
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+        except RuntimeError as error:
+            if "inplace operation" in str(error):
+                fail(name, "it changes a tensor in place that the gradient needs; write y = y / z instead of y /= z")
+            fail(name, f"the gradient cannot be computed: {' '.join(str(error).split())}")
 
 
 def report_missing(name: str, error: NotImplementedError) -> NoReturn:
@@ -155,7 +207,18 @@ def require_equal(
         fail(name, f"{what} contains NaN")
     difference = (result - expected).abs().flatten()
     place = tuple(int(i) for i in torch.unravel_index(difference.argmax(), expected.shape))
-    fail(name, f"{what} is {result[place]:.3f} at {place}, where the reference has {expected[place]:.3f}")
+    where = f" at {place}" if place else ""
+    found = f"{what} is {result[place]:.3f}{where}, where the reference has {expected[place]:.3f}"
+    ratio = constant_ratio(result, expected)
+    fail(name, found if ratio is None else f"{found}: everywhere {ratio:.3g} times the reference")
+
+
+def constant_ratio(result: Tensor, expected: Tensor) -> float | None:
+    """The factor between result and reference, if it is the same everywhere."""
+    ratio = (result * expected).sum() / (expected * expected).sum()
+    if expected.dim() and ratio.isfinite() and ratio.abs() > 1e-3 and equal(result, ratio * expected):
+        return ratio.item()
+    return None
 
 
 def require_pair(name: str, result, what: str) -> tuple:
@@ -216,6 +279,8 @@ def check_positions(positional_encoding: Callable, embed: Callable) -> str:
     position, exponent = torch.arange(T).unsqueeze(1), torch.arange(0, D, 2) / D
     angle = position / 10_000**exponent
     first = f"row 0 starts with {result[0, 0]:.0f}, {result[0, 1]:.0f}, not 0, 1"
+    own_exponents = position / 10_000 ** (torch.arange(D) / D)
+    mixed = torch.where(torch.arange(D) % 2 == 0, own_exponents.sin(), own_exponents.cos())
     small = f"the last sine of row 1 is {result[1, -2]:.5f}, not {expected[1, -2]:.5f}"
     mistakes = {
         f"sine and cosine are swapped: {first}": encodings(angle).unflatten(1, (-1, 2)).flip(-1).flatten(1),
@@ -231,6 +296,7 @@ def check_positions(positional_encoding: Callable, embed: Callable) -> str:
         f"the exponent is 4i / D instead of 2i / D, where i counts the pairs: {small}": encodings(
             position / 10_000 ** (2 * exponent)
         ),
+        "sine and cosine of a pair have different exponents; they share the exponent 2i / D": mixed,
         f"the position is multiplied by 10000^(2i / D) instead of divided: {small}": encodings(
             position * 10_000**exponent
         ),
@@ -250,6 +316,7 @@ def check_positions(positional_encoding: Callable, embed: Callable) -> str:
         )
         * math.sqrt(D),
         "the positions are not added": scaled,
+        "sqrt(D) is applied twice; embeddings already does it": rows * D + expected,
         "the embeddings are not multiplied by sqrt(d_model): call your function of step 1": rows + expected,
     }
     require_equal(name, call(name, embed, ids, table, identity), scaled + expected, mistakes)
@@ -422,6 +489,8 @@ def check_causal_mask(causal_mask: Callable) -> None:
         require_tensor(name, result, (1, size, size))
         if result.dtype != torch.bool:
             fail(name, f"the mask holds {result.dtype}; give booleans, True = may attend")
+        if size > 1 and result.equal(model.causal_mask(size).mT):
+            fail(name, "it is transposed: row 0 sees all positions, the mask lets the future in; use tril, not triu")
         future, past = result[0].triu(1), result[0].tril(-1)
         if future.any():
             row, column = future.nonzero()[-1].tolist()
@@ -452,6 +521,9 @@ def check_masked_attention(masked_attention: Callable) -> None:
             raw / scale * mask
         ).softmax(-1),
         "scores are not divided by sqrt(d_k), as they are in step 5": reference(query * scale, key, mask),
+        "the softmax is applied twice: mask Q K^T / sqrt(d_k), not the result of attention": unmasked.masked_fill(
+            ~mask, -math.inf
+        ).softmax(-1),
         f"-infinity is written after the softmax: {row}": unmasked.masked_fill(~mask, -math.inf),
         "the softmax is over the queries (dimension -2) instead of the keys (dimension -1)": (raw / scale)
         .masked_fill(~mask, -math.inf)
@@ -494,7 +566,9 @@ def check_multi_head_attention(multi_head_attention: Callable) -> str:
 
     block.record = True
     expected = block(q, k, v, mask)
-    output, scores = require_pair(name, call(name, multi_head_attention, q, k, v, mask, *linears, h), "output, scores")
+    sizes = f"B {B}, Q {Q}, K {K}, D {D}, h {h}"
+    result = call(name, multi_head_attention, q, k, v, mask, *linears, h, sizes=sizes)
+    output, scores = require_pair(name, result, "output, scores")
     require_tensor(name, output, expected.shape, "output")
     mixed = "heads are split without the transpose, which mixes up positions and heads: view(B, T, H, d_k), then "
     joined = "heads are joined without the transpose back, which mixes up positions and heads"
@@ -556,6 +630,20 @@ def check_residual(residual: Callable) -> str:
     return "the result equals model.ResidualConnection, and x passes when everything is dropped"
 
 
+UNUSED = "the sublayer does not use its argument: lambda y: …(x, …) attends to x before the norm; use y"
+UNUSED_IN_FEED_FORWARD = "the feed-forward sublayer does not use its argument: lambda y: …(x) takes x before the norm"
+KEYS_BEFORE_NORM = "keys and values of self-attention are x before the norm; use the sublayer's argument for all three"
+FIRST_SENTENCE = (
+    "[0] on the result of {} takes the first sentence of the batch; the blocks return one tensor, (B, T, D)"
+)
+TWICE = "x is added twice: residual_connections already adds it"
+
+
+def twice(connection: Callable, x: Tensor, sublayer: Callable) -> Tensor:
+    """A residual connection with x added once more."""
+    return x + connection(x, sublayer)
+
+
 def require_stack(
     name: str, result: Tensor, expected: Tensor, run: Callable[[nn.Module, Tensor], Tensor], layers: list, norm, x
 ) -> None:
@@ -593,10 +681,16 @@ def check_encoder(encoder_block: Callable, encoder: Callable) -> str:
     def self_attention(x: Tensor, mask: Tensor | None = mask) -> Tensor:
         return block.self_attention_block(x, x, x, mask)
 
+    def attention_of_first(y: Tensor) -> Tensor:
+        return self_attention(y)[0]
+
+    def keys_before_norm(y: Tensor) -> Tensor:
+        return block.self_attention_block(y, x, x, mask)
+
     after_attention = first(x, self_attention)
     plain = x + self_attention(x)
     expected = block(x, mask)
-    result = call(name, encoder_block, x, mask, block)
+    result = call(name, encoder_block, x, mask, block, sizes="B 2, S 6, D 16")
     require_tensor(name, result, x.shape)
     other = x.clone()
     other[1, 4:] += torch.randn(2, 16)  # a constant would vanish in the norm
@@ -609,12 +703,23 @@ def check_encoder(encoder_block: Callable, encoder: Callable) -> str:
         "the feed-forward sublayer is missing": after_attention,
         "the self-attention sublayer is missing": second(x, feed_forward),
         "feed-forward comes before self-attention": first(second(x, feed_forward), self_attention),
+        "feed-forward comes before self-attention; each uses the other's residual connection": second(
+            first(x, feed_forward), self_attention
+        ),
+        UNUSED: second(plain, feed_forward),
+        KEYS_BEFORE_NORM: second(first(x, keys_before_norm), feed_forward),
+        UNUSED_IN_FEED_FORWARD: after_attention + feed_forward(after_attention),
+        FIRST_SENTENCE.format("self-attention"): second(first(x, attention_of_first), feed_forward),
+        f"{TWICE}, in both sublayers": twice(second, twice(first, x, self_attention), feed_forward),
+        f"{TWICE}, in self-attention": second(twice(first, x, self_attention), feed_forward),
+        f"{TWICE}, in feed-forward": twice(second, after_attention, feed_forward),
         "the second residual connection is used first": first(second(x, self_attention), feed_forward),
         "residual_connections[0] is used twice; feed-forward has its own, [1]": first(after_attention, feed_forward),
         "the residual connections are not used: their norm and the addition of x are missing": feed_forward(
             self_attention(x)
         ),
-        "the residual connections are not used: their norms are missing": plain + feed_forward(plain),
+        "the norms are missing: the residual connections are not used, or no sublayer uses its argument": plain
+        + feed_forward(plain),
         "feed-forward gets the block's input instead of the output of self-attention": second(x, feed_forward)
         + after_attention
         - x,
@@ -640,7 +745,8 @@ def check_decoder(decoder_block: Callable, decoder: Callable) -> str:
     src_mask, tgt_mask = torch.ones(B, 1, 1, S, dtype=torch.bool), model.causal_mask(T)
     src_mask[1, ..., 4:] = False
     expected = layers[0](x, memory, src_mask, tgt_mask)
-    result = call(name, decoder_block, x, memory, src_mask, tgt_mask, layers[0])
+    sizes = f"B {B}, S {S}, T {T}, D {D}"
+    result = call(name, decoder_block, x, memory, src_mask, tgt_mask, layers[0], sizes=sizes)
     require_tensor(name, result, x.shape)
 
     def run(x: Tensor = x, memory: Tensor = memory) -> Tensor:
@@ -667,7 +773,7 @@ def check_decoder(decoder_block: Callable, decoder: Callable) -> str:
     caches = [model.LayerCache(model.SelfAttentionCache(T), model.CrossAttentionCache()) for _ in layers]
     one_by_one = [reference(x[:, t : t + 1], memory, src_mask, None, caches) for t in range(T)]
     require_equal(name, result, torch.cat(one_by_one, 1), what="compared with cached decoding, the result")
-    return "block and stack equal model.DecoderBlock and model.Decoder, whose cache changes nothing"
+    return "block and stack equal model.DecoderBlock and model.Decoder, and no position sees the future"
 
 
 def decoder_mistakes(
@@ -685,6 +791,8 @@ def decoder_mistakes(
 
     after_self = first(x, self_attention)
     after_cross = second(after_self, cross_attention)
+    plain = x + self_attention(x)
+    plain_cross = plain + cross_attention(plain)
     T = x.size(1)
     return {
         "cross-attention takes keys and values from the decoder; they come from encoder_output": third(
@@ -712,7 +820,41 @@ def decoder_mistakes(
         "cross-attention comes before self-attention": third(
             first(second(x, cross_attention), self_attention), feed_forward
         ),
+        "cross-attention comes before self-attention; each uses the other's residual connection": third(
+            second(first(x, cross_attention), self_attention), feed_forward
+        ),
+        "feed-forward comes before cross-attention": second(third(after_self, feed_forward), cross_attention),
+        "feed-forward comes before cross-attention; each uses the other's residual connection": third(
+            second(after_self, feed_forward), cross_attention
+        ),
+        UNUSED: third(second(x + self_attention(x), cross_attention), feed_forward),
+        KEYS_BEFORE_NORM: third(
+            second(first(x, lambda y: block.self_attention_block(y, x, x, tgt_mask)), cross_attention), feed_forward
+        ),
+        UNUSED + ", in cross-attention": third(after_self + cross_attention(after_self), feed_forward),
+        UNUSED + ", in both attentions": third(plain_cross, feed_forward),
+        UNUSED_IN_FEED_FORWARD: after_cross + feed_forward(after_cross),
+        "the norms are missing: the residual connections are not used, or no sublayer uses its argument": plain_cross
+        + feed_forward(plain_cross),
+        FIRST_SENTENCE.format("self-attention"): third(
+            second(first(x, lambda y: self_attention(y)[0]), cross_attention), feed_forward
+        ),
+        FIRST_SENTENCE.format("cross-attention"): third(
+            second(after_self, lambda y: cross_attention(y)[0]), feed_forward
+        ),
+        FIRST_SENTENCE.format("both attentions"): third(
+            second(first(x, lambda y: self_attention(y)[0]), lambda y: cross_attention(y)[0]), feed_forward
+        ),
+        f"{TWICE}, in all sublayers": twice(
+            third, twice(second, twice(first, x, self_attention), cross_attention), feed_forward
+        ),
+        f"{TWICE}, in self-attention": third(second(twice(first, x, self_attention), cross_attention), feed_forward),
+        f"{TWICE}, in cross-attention": third(twice(second, after_self, cross_attention), feed_forward),
+        f"{TWICE}, in feed-forward": twice(third, after_cross, feed_forward),
         "the cross-attention sublayer is missing": third(after_self, feed_forward),
+        "the cross-attention sublayer is missing, and feed-forward uses residual_connections[1]": second(
+            after_self, feed_forward
+        ),
         "the self-attention sublayer is missing": third(second(x, cross_attention), feed_forward),
         "the feed-forward sublayer is missing": after_cross,
         "residual_connections[0] is used three times; each sublayer has its own": first(
@@ -827,6 +969,9 @@ WORDS = (4, 5, 6)
 VOCABULARY = 7
 MAX_LENGTH = 4
 LENGTH_PENALTY = 1.5
+EVERYTHING = 400  # a beam size that holds all sentences
+SEEDS = (3, 5, 6, 7, 11, 12, 14, 33, 40)  # of random models that tell the usual mistakes apart
+SMALL_SEEDS = (2, 8, 11, 33, 94, 138)
 
 
 class RandomModel:
@@ -836,11 +981,16 @@ class RandomModel:
         self.seed = seed
 
     def __call__(self, ids: list[int]) -> Tensor:
-        rng = random.Random(f"{self.seed} {ids}")
-        logits = torch.full((VOCABULARY,), -20.0)
-        for token in (EOS, *WORDS):
-            logits[token] = rng.gauss(0, 1.5)
-        return logits + rng.gauss(0, 3)
+        return random_logits(self.seed, tuple(ids)).clone()
+
+
+@functools.cache
+def random_logits(seed: int, ids: tuple) -> Tensor:
+    rng = random.Random(f"{seed} {list(ids)}")
+    logits = torch.full((VOCABULARY,), -20.0)
+    for token in (EOS, *WORDS):
+        logits[token] = rng.gauss(0, 1.5)
+    return logits + rng.gauss(0, 3)
 
 
 def garden_path(ids: list[int]) -> Tensor:
@@ -863,8 +1013,11 @@ class TableDecoder:
         self.prefixes = [self.prefixes[row] for row in rows.tolist()]
 
 
-def watched(name: str, next_logits: Callable, max_length: int) -> Callable[[list[int]], Tensor]:
+def watched(
+    name: str, next_logits: Callable, max_length: int, beam_size: int | None = None
+) -> Callable[[list[int]], Tensor]:
     """The function, which fails with the name of the mistake if it gets ids that it should not get."""
+    extended: dict[int, set] = {}  # length -> the hypotheses of that length
 
     def checked(ids) -> Tensor:
         ids = [int(i) for i in (ids.flatten().tolist() if isinstance(ids, Tensor) else ids)]
@@ -877,6 +1030,11 @@ def watched(name: str, next_logits: Callable, max_length: int) -> Callable[[list
         if len(ids) > max_length:
             asked, limit = f"token {len(ids)} is asked for", f"max_length is {max_length}"
             fail(name, f"the length limit is ignored: {asked}, and {limit}")
+        hypotheses = extended.setdefault(len(ids), set())
+        hypotheses.add(tuple(ids))
+        if beam_size is not None and len(hypotheses) > beam_size:
+            kept = f"keep beam_size = {beam_size} of the extensions of all hypotheses together"
+            fail(name, f"at length {len(ids)} the search extends {len(hypotheses)} hypotheses or more; {kept}")
         return next_logits(ids)
 
     return checked
@@ -902,18 +1060,23 @@ class Sentence(NamedTuple):
     log_p: float
     logits: float  # their sum
 
+    @property
+    def ends(self) -> bool:
+        """Whether it ends with EOS, not at the limit."""
+        return len(self.ids) < self.length
 
-def sentences(next_logits: Callable, prefix: tuple = (SOS,), log_p: float = 0, total: float = 0) -> Iterator[Sentence]:
-    """All sentences of up to MAX_LENGTH tokens."""
+
+def sentences(next_logits: Callable, prefix: tuple = (SOS,), sums: tuple = (0, 0)) -> Iterator[Sentence]:
+    """All sentences of up to MAX_LENGTH tokens. `sums`: log-probabilities and logits of the prefix."""
     logits = next_logits(list(prefix))
     log_ps = logits.log_softmax(-1)
     for token in (EOS, *WORDS):
-        sums = log_p + log_ps[token].item(), total + logits[token].item()
+        new = sums[0] + log_ps[token].item(), sums[1] + logits[token].item()
         if token == EOS or len(prefix) == MAX_LENGTH:
             words = [*prefix[1:], *([] if token == EOS else [token])]
-            yield Sentence(words, len(prefix), *sums)
+            yield Sentence(words, len(prefix), *new)
         else:
-            yield from sentences(next_logits, (*prefix, token), *sums)
+            yield from sentences(next_logits, (*prefix, token), new)
 
 
 def beam_mistakes(found: list[Sentence]) -> dict[str, list[int]]:
@@ -922,8 +1085,8 @@ def beam_mistakes(found: list[Sentence]) -> dict[str, list[int]]:
     def best(score: Callable[[Sentence], float], among: Callable[[Sentence], bool] = lambda s: True) -> list[int]:
         return max(filter(among, found), key=score).ids
 
-    def normalizer(s: Sentence) -> float:
-        return search.length_normalizer(s.length, LENGTH_PENALTY)
+    def normalizer(s: Sentence, more: int = 0) -> float:
+        return search.length_normalizer(s.length + more, LENGTH_PENALTY)
 
     dropped = "finished hypotheses are dropped: only those that reach max_length are compared"
     return {
@@ -942,6 +1105,21 @@ def beam_mistakes(found: list[Sentence]) -> dict[str, list[int]]:
         dropped: best(lambda s: s.log_p / normalizer(s), lambda s: s.length == MAX_LENGTH),
         f"{dropped}, as they are without [EOS]": best(
             lambda s: s.log_p / normalizer(s), lambda s: len(s.ids) == MAX_LENGTH
+        ),
+        "hypotheses that reach max_length are dropped; hypotheses with max_length tokens are finished too": best(
+            lambda s: s.log_p / normalizer(s), lambda s: s.ends
+        ),
+        "the length is counted without [EOS]; it is the number of tokens after SOS, EOS included": best(
+            lambda s: s.log_p / normalizer(s, -s.ends)
+        ),
+        "SOS is counted in the length; it is the number of tokens after SOS, EOS included": best(
+            lambda s: s.log_p / normalizer(s, 1)
+        ),
+        "SOS is counted in the length instead of EOS; it is the number of tokens after SOS, EOS included": best(
+            lambda s: s.log_p / normalizer(s, 1 - s.ends)
+        ),
+        "the score is made from the probability of the sentence instead of its log-probability": best(
+            lambda s: math.exp(s.log_p) / normalizer(s)
         ),
         "the search stops at the first [EOS], although longer hypotheses may have a better score": [],
         "the score is the worst one instead of the best": min(found, key=lambda s: s.log_p / normalizer(s)).ids,
@@ -963,39 +1141,115 @@ def check_greedy_decode(greedy_decode: Callable) -> None:
         (expected,) = search.greedy_decode(TableDecoder(next_logits), torch.tensor([max_length]))
         ids = require_ids(name, result)
         if expected and ids == expected[:-1]:
-            fail(name, f"the last token is missing: the result is {ids}, not {expected}")
+            short = "; max_length does not count SOS" if len(ids) == max_length - 1 else ""
+            fail(name, f"the last token is missing: the result is {ids}, not {expected}{short}")
         if ids != expected:
             fail(name, f"the result is {ids}, not {expected}: take the token with the highest logit at each step")
 
 
 def check_beam_search(beam_search: Callable) -> None:
-    name, everything, seeds = "beam_search", 400, range(8)
-    results, expected, mistakes = [], [], []
-    for seed in seeds:
-        next_logits = RandomModel(seed)
-        checked = watched(name, next_logits, MAX_LENGTH)
-        results.append(require_ids(name, call(name, beam_search, checked, MAX_LENGTH, everything, LENGTH_PENALTY)))
-        expected.append(best_of_project(next_logits, MAX_LENGTH, everything))
-        mistakes.append(beam_mistakes(list(sentences(next_logits))))
+    name, results = "beam_search", []
+    for seed in SEEDS:
+        checked = watched(name, RandomModel(seed), MAX_LENGTH)
+        results.append(require_ids(name, call(name, beam_search, checked, MAX_LENGTH, EVERYTHING, LENGTH_PENALTY)))
+    expected = [best_of_all(seed) for seed in SEEDS]
     if results != expected:
-        seed = next(seed for seed in seeds if results[seed] != expected[seed])
+        seed, result, best = next(x for x in zip(SEEDS, results, expected, strict=True) if x[1] != x[2])
         found = {tuple(s.ids): s for s in sentences(RandomModel(seed))}
+        mistakes = [mistakes_of_all(seed) for seed in SEEDS]
         for sentence in mistakes[0]:
             if results == [mistake[sentence] for mistake in mistakes]:
-                fail(
-                    name,
-                    f"{sentence}: it returns {described(results[seed], found)}, not {described(expected[seed], found)}",
-                )
-        fail(name, f"a beam that holds all sentences returns {results[seed]}, not the best one, {expected[seed]}")
-    for seed in seeds:
+                fail(name, f"{sentence}: it returns {described(result, found)}, not {described(best, found)}")
+        check_small_beams(beam_search)
+        fail(name, f"a beam that holds all sentences returns {result}, not the best one, {best}")
+    check_small_beams(beam_search)
+    for seed in SEEDS:
         next_logits = RandomModel(seed)
-        single = require_ids(name, call(name, beam_search, watched(name, next_logits, MAX_LENGTH), MAX_LENGTH, 1))
+        checked = watched(name, next_logits, MAX_LENGTH, 1)
+        single = require_ids(name, call(name, beam_search, checked, MAX_LENGTH, 1))
         (greedy,) = search.greedy_decode(TableDecoder(next_logits), torch.tensor([MAX_LENGTH]))
         if single != greedy:
             fail(name, f"a beam of 1 returns {single}, greedy decoding {greedy}; they have to be the same")
-    two = require_ids(name, call(name, beam_search, watched(name, garden_path, MAX_LENGTH), MAX_LENGTH, 2, 0.0))
+    checked = watched(name, garden_path, MAX_LENGTH, 2)
+    two = require_ids(name, call(name, beam_search, checked, MAX_LENGTH, 2, 0.0))
     if two != (right := best_of_project(garden_path, MAX_LENGTH, 2, 0.0)):
         fail(name, f"a beam of 2 returns {two} (greedy: [4, 4, 4, 4]) instead of {right}, with probability 0.45")
+
+
+@functools.cache
+def best_of_all(seed: int) -> list[int]:
+    return best_of_project(RandomModel(seed), MAX_LENGTH, EVERYTHING)
+
+
+@functools.cache
+def mistakes_of_all(seed: int) -> dict[str, list[int]]:
+    return beam_mistakes(list(sentences(RandomModel(seed))))
+
+
+def check_small_beams(beam_search: Callable) -> None:
+    """Compares beams of 1 to 3 with those of the usual mistakes in what a beam keeps."""
+    name, cases = "beam_search", [(seed, W) for seed in SMALL_SEEDS for W in (1, 2, 3)]
+    results = []
+    for seed, W in cases:
+        checked = watched(name, RandomModel(seed), MAX_LENGTH, W)
+        results.append(require_ids(name, call(name, beam_search, checked, MAX_LENGTH, W, LENGTH_PENALTY)))
+    if results == [small_beam(seed, W) for seed, W in cases]:
+        return
+    mistakes = {
+        "extensions are sorted in ascending order: the beam keeps those with the lowest log-probabilities": {
+            "keeps_best": False
+        },
+        "finished hypotheses stay in the beam, where they take the place of others; set them aside": {
+            "sets_aside": False
+        },
+        "finished hypotheses are not cut to beam_size: only those among the beam_size best extensions are finished": {
+            "cuts_finished": False
+        },
+        "log-probabilities are not summed: the score is that of the last token alone": {"sums": False},
+        "probabilities are summed instead of log-probabilities": {"value": Tensor.softmax},
+        "probabilities are summed instead of log-probabilities, without length normalization": {
+            "value": Tensor.softmax,
+            "penalty": 0.0,
+        },
+    }
+    for sentence, options in mistakes.items():
+        if results == [small_beam(seed, W, **options) for seed, W in cases]:
+            fail(name, sentence)
+
+
+@functools.cache
+def small_beam(
+    seed: int,
+    W: int,
+    keeps_best: bool = True,
+    sets_aside: bool = True,
+    cuts_finished: bool = True,
+    sums: bool = True,
+    value: Callable = Tensor.log_softmax,
+    penalty: float = LENGTH_PENALTY,
+) -> list[int]:
+    """The beam search of the exercise for a RandomModel. Options other than the defaults are mistakes."""
+    beam, finished = [(0.0, [SOS])], []
+    for length in range(1, MAX_LENGTH + 1):
+        kept = [] if sets_aside else [h for h in beam if h[1][-1] == EOS]
+        extensions = [
+            (log_p * sums + more, [*ids, token])
+            for log_p, ids in beam
+            if ids[-1] != EOS
+            for token, more in enumerate(value(random_logits(seed, tuple(ids)), -1).tolist())
+        ]
+        ends = [h for h in extensions if h[1][-1] == EOS]
+        if not cuts_finished:
+            finished += ends
+            extensions = [h for h in extensions if h[1][-1] != EOS]
+        beam = sorted(kept + extensions, reverse=keeps_best)[:W]
+        if sets_aside:
+            finished += [h for h in beam if h[1][-1] == EOS or length == MAX_LENGTH]
+            beam = [h for h in beam if h[1][-1] != EOS]
+    if not sets_aside:
+        finished = beam
+    _, best = max((log_p / search.length_normalizer(len(ids) - 1, penalty), ids) for log_p, ids in finished)
+    return [token for token in best if token not in (SOS, EOS)]
 
 
 def best_of_project(

@@ -12,7 +12,7 @@ class Lesson(NamedTuple):
 
     text: str  # Markdown, with the formula and the section of the paper
     hint: str
-    references: tuple[str, ...]  # what to compare with, as expressions whose source is shown
+    references: tuple[str, ...]  # what to compare with, as expressions whose source is shown; may be empty
 
 
 class Question(NamedTuple):
@@ -63,13 +63,15 @@ position of each sentence, is normalized by its own mean and variance. A learned
 $$\text{LN}(x) = g \odot \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + b \qquad \mu = \frac{1}{D} \sum_i x_i \qquad
 \sigma^2 = \frac{1}{D} \sum_i (x_i - \mu)^2$$
 
-Ba et al., 2016, "Layer Normalization", equation 4; used in Vaswani et al., 2017, section 3.1.
+Ba et al., 2016, "Layer Normalization", equation 4; used in Vaswani et al., 2017, section 3.1. (The tutorial divides by
+D − 1 and adds eps to the standard deviation.) The project uses `nn.LayerNorm`, which is written in C++, so no source
+is shown in this step.
 """,
         r"""
 Mean and variance are over the last dimension, with `keepdim=True`. `x.var` divides by D - 1 unless it gets
 `correction=0`. eps is added to the variance, before the square root.
 """,
-        ("torch.nn.functional.layer_norm",),
+        (),
     ),
     Lesson(
         r"""
@@ -79,7 +81,7 @@ be one linear map.
 
 $$\text{FFN}(x) = \max(0, x W_1 + b_1)\, W_2 + b_2$$
 
-Vaswani et al., 2017, equation 2 (section 3.3).
+Vaswani et al., 2017, equation 2 (section 3.3). (The project's block has one more dropout, between the layers.)
 """,
         r"""
 `linear_1(x)` applies W_1 and b_1. `torch.relu` is max(0, x).
@@ -89,25 +91,37 @@ Vaswani et al., 2017, equation 2 (section 3.3).
     Lesson(
         r"""
 Every position has a query, a key and a value. A query is compared with all keys by dot products; the softmax turns
-these into weights that sum to 1; the result is the weighted mean of the values. If queries and keys have independent
+these into weights that sum to 1; the context is the weighted mean of the values. If queries and keys have independent
 components of variance 1, their dot product has variance $d_k$, so it is divided by $\sqrt{d_k}$.
 
 $$\text{Attention}(Q, K, V) = \text{softmax}\left(\frac{Q K^\top}{\sqrt{d_k}}\right) V$$
 
-Vaswani et al., 2017, equation 1 (section 3.2.1). The cell after the check applies your function to three words;
-compute its first row by hand.
+Vaswani et al., 2017, equation 1 (section 3.2.1). The function returns the pair (context, scores). As in the tutorial,
+the returned scores are those after the softmax, the attention weights.
+
+The cell after the check applies your function to three words with $d_k = 2$. Compute the first row of scores and
+context by hand:
+
+| word | query | key | value |
+|---|---|---|---|
+| 0 | (1, 0) | (1, 0) | (1, 0) |
+| 1 | (0, 1) | (0, 2) | (0, 1) |
+| 2 | (1, 1) | (1, 1) | (2, 2) |
+
+The project's own function also applies the mask; step 6 shows its source.
 """,
         r"""
 `key.transpose(-2, -1)` swaps the last two dimensions and works with any number of dimensions before them. The softmax
 is over the keys, the last dimension. Return the context and the scores.
 """,
-        ("model.MultiHeadAttentionBlock.scores",),
+        (),
     ),
     Lesson(
         r"""
 A mask says which keys a query may attend to: no padding, and in the decoder no later position, since in translation
-the later words do not exist yet. Masks are boolean here, True = may attend. A masked score is set to $-\infty$ before
-the softmax, so that its weight is exactly 0 and the others still sum to 1.
+the later words do not exist yet. Masks are boolean here, True = may attend. Where the mask is False,
+$Q K^\top / \sqrt{d_k}$ is set to $-\infty$ before the softmax, so that the weight is exactly 0 and the others still
+sum to 1.
 
 $$\text{softmax}(s)_j = 0 \text{ where } s_j = -\infty$$
 
@@ -128,7 +142,7 @@ together, and a fourth mixes what the heads found.
 $$\text{MultiHead}(Q, K, V) = \text{Concat}(head_1, \ldots, head_H)\, W^O \qquad
 head_i = \text{Attention}(Q W^Q_i, K W^K_i, V W^V_i)$$
 
-Vaswani et al., 2017, section 3.2.2.
+Vaswani et al., 2017, section 3.2.2. In the project's code, the argument `cache` belongs to question 9 at the end.
 """,
         r"""
 Split with `x.view(B, T, h, d_k).transpose(1, 2)`: (B, T, D) -> (B, H, T, d_k). A view to (B, h, T, d_k) has the same
@@ -214,8 +228,9 @@ normalizer.
 
 $$\text{score}(y) = \log p(y) \Big/ \left(\frac{5 + |y|}{6}\right)^{\alpha}$$
 
-Vaswani et al., 2017, section 6.1; Wu et al., 2016, equation 14. `next_logits` takes a list of ids that starts with
-`SOS`.
+Vaswani et al., 2017, section 6.1; Wu et al., 2016, equation 14. $|y|$ is the number of tokens after [SOS], [EOS]
+included; $\alpha$ is `length_penalty`. `next_logits` takes a list of ids that starts with `SOS`.
+The project's code does the same for a batch on a GPU and refills the beam; read `greedy_decode` first.
 """,
         r"""
 Greedy: a loop over `next_logits(ids).argmax()`. Beam search: keep hypotheses as pairs (log-probability, ids). In each
@@ -283,8 +298,9 @@ print(f"smoothed target: {1 - 0.1 + 0.1 / len(p):.3f}")
     Question(
         "What does a head do without [SOS] to rest on?",
         r"""
-The weights of a row sum to 1, so a head that finds nothing must attend somewhere. In decoder self-attention many heads
-then attend to the first token, [SOS], which is always there (Xiao et al., 2024, call it an attention sink). If this
+The weights of a row sum to 1, so a head that finds nothing must attend somewhere. In decoder self-attention some heads,
+mostly in the first layer, then attend to the first token, [SOS], which is always there (Xiao et al., 2024, call it an
+attention sink). If this
 weight is spread over the other keys, such heads add noise: BLEU drops. The encoder and cross-attention can rest on
 other tokens, such as the final punctuation mark and [EOS], and hardly need it.
 """,
@@ -360,9 +376,12 @@ for name, mask in (("with", mine.padding_mask(padded)), ("without", see_all)):
     Question(
         "Why is greedy decoding not optimal?",
         r"""
-It decides for the word that is best now, and cannot return. Below, word 4 has the higher probability (0.55) but three
-equally poor ends; word 5 (0.45) ends surely. Beam search finds the better sentence. On the toy corpus the two rarely
-differ, since the model is sure of nearly every word.
+It chooses the most probable word at each step and never revises a choice. The cell first searches with a table of
+probabilities instead of a model. There, the sentence starts with the token 4 (probability 0.55) or 5 (0.45). After 5 it
+always ends, so the sentence "5" has probability 0.45. After 4 each further step has three continuations, none more
+probable than 0.34, so no sentence that starts with 4 reaches more than 0.55 · 0.34 ≈ 0.19. Greedy decoding takes 4; a
+beam of 2 keeps both and returns 5. Linguists call a sentence that misleads its reader in this way a garden-path
+sentence. On the toy corpus the two searches rarely differ, since the model is sure of nearly every word.
 """,
         r"""
 path = checks.garden_path
@@ -412,8 +431,11 @@ print(f"mean of the batches {sum(losses) / 2:.4f}, mean of the tokens {per_token
 
 
 GLOSSARY = {
-    "Adam": "an optimizer that scales the step of each parameter by running means of its gradient and its square",
+    "Adam": (
+        "an optimizer that scales each parameter's step by running means of its gradient and of the gradient's square"
+    ),
     "attention": "a weighted mean of values, with weights from the comparison of a query with keys",
+    "attention sink": "a token, often the first, that gets the weight of heads which find nothing else to attend to",
     "autoregressive": "producing one token at a time, each from those before it",
     "batch": "sentences that are computed together, padded to the same length",
     "beam search": "a search that keeps the W most probable hypotheses at each step",
@@ -428,15 +450,22 @@ GLOSSARY = {
     "encoder": "the stack that turns the source into one vector per token",
     "epoch": "one pass over all training pairs",
     "feed-forward block": "two linear layers with a ReLU, applied to each position separately",
+    "gradient": "the derivatives of the loss with respect to the parameters; training changes parameters against it",
     "greedy decoding": "taking the most probable token at each step",
     "head": "one of several attentions that run in parallel, each with d_k dimensions",
+    "hypothesis": "a partial or finished translation that a search keeps, with its log-probability",
     "key-value cache": "keys and values of earlier positions, kept so that they are not computed again",
+    "label": "the token that the decoder has to predict at a position",
     "label smoothing": "moving a share of the target probability from the label to all tokens",
     "layer normalization": "shifting and scaling each vector to mean 0 and variance 1",
     "logits": "the numbers before the softmax, one per token of the vocabulary",
     "padding": "[PAD] tokens that make the sentences of a batch equally long",
     "position encoding": "a vector that depends on the position only, added to the embedding",
     "pre-norm": "normalizing the input of a sublayer; post-norm normalizes the sum after it",
+    "query, key, value": (
+        "three projections of a vector: a query is compared with keys, and the weights apply to values"
+    ),
+    "ReLU": "max(0, x), the activation of the feed-forward block",
     "residual connection": "adding a sublayer's input to its output",
     "self-attention": "attention whose queries, keys and values come from the same sequence",
     "softmax": "exponentials divided by their sum: positive numbers that sum to 1",

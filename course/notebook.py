@@ -19,8 +19,9 @@ corpus of English and Italian sentences, and look at its attention. Each step ha
 
 - an explanation with the formula and the section of the paper,
 - a cell with empty functions: replace `raise NotImplementedError` by your code and run it,
-- a cell that checks them: it prints that the step has passed, or one sentence that names the mistake,
-- a hint to unfold, and a cell that shows the project's own code. Run that cell when your step has passed.
+- a cell that checks them: it prints that the step has passed, or one sentence that names the mistake or a number that
+  differs,
+- a hint to unfold, and in most steps a cell that shows the project's own code. Run that cell when your step has passed.
 
 The steps use the functions of earlier steps, so do them in order. If you prefer an editor, write the same functions in
 `build_it_yourself.py` and run `python build_it_yourself.py`. Plan four to six hours.
@@ -64,15 +65,17 @@ from dataset import EOS, PAD, SOS
 def show_source(*objects):
     print("\\n\\n".join(inspect.getsource(x) for x in objects))"""
 
-THREE_WORDS = """context, scores = attention(**checks.THREE_WORDS)
+THREE_WORDS = """for name, vectors in checks.THREE_WORDS.items():
+    print(f"{name}: {vectors.tolist()}")
+context, scores = attention(**checks.THREE_WORDS)
 print("scores: rows are queries, columns are keys", scores, "context", context, sep="\\n")"""
 
 TRAINING = """## Train your model
 
 `own_model` puts your functions into a model: the parameters are in PyTorch modules, everything computed with them is
 your code. It trains on the toy corpus, 24,000 sentence pairs from a grammar with 250 English and 589 Italian words and
-punctuation marks. The test sentences combine words that occur together in no training sentence. Training takes about
-half a minute. If you change a function, run the next cells again."""
+punctuation marks. The test sentences combine words that occur together in no training sentence. Loading takes
+some seconds, training half a minute to two minutes. If you change a function, run the next cells again."""
 
 LOOP = "The training loop, which calls your functions:"
 
@@ -117,7 +120,10 @@ def step_cells(step: Step, lesson: Lesson, sources: dict[str, str]) -> list:
     ]
     if step.names == ("attention",):
         cells.append(new_code_cell(THREE_WORDS))
-    return [*cells, hint_cell(lesson.hint), new_code_cell(f"show_source({', '.join(lesson.references)})")]
+    cells.append(hint_cell(lesson.hint))
+    if lesson.references:
+        cells.append(new_code_cell(f"show_source({', '.join(lesson.references)})"))
+    return cells
 
 
 def training_cells() -> list:

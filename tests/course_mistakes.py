@@ -501,6 +501,253 @@ def beam_extends_finished(next_logits, max_length, beam_size, length_penalty=0.6
     return [t for t in hypotheses[0][1] if t not in (SOS, EOS)]
 
 
+@mistake("beam_search", "hypotheses or more; keep beam_size = ")
+def beam_cut_per_hypothesis(next_logits, max_length, beam_size, length_penalty=0.6):
+    """With beam_size = 1 this is greedy decoding."""
+    hypotheses, finished = [(0.0, [SOS])], []
+    for length in range(1, max_length + 1):
+        extensions = []
+        for p, ids in hypotheses:
+            log_p = next_logits(ids).log_softmax(-1)
+            more, tokens = log_p.topk(min(beam_size, len(log_p)))
+            extensions += [(p + m, [*ids, t]) for m, t in zip(more.tolist(), tokens.tolist(), strict=True)]
+        done = [h for h in extensions if h[1][-1] == EOS or length == max_length]
+        finished += [(p / penalized(length_penalty)(length), ids) for p, ids in done]
+        hypotheses = [h for h in extensions if h[1][-1] != EOS]
+    return [t for t in max(finished)[1] if t not in (SOS, EOS)]
+
+
+def flexible_beam(next_logits, max_length, beam_size, score, largest=True, cut_first=True, stay=False):
+    """A beam search whose score gets the log-probability and the ids."""
+    hypotheses, finished = [(0.0, [SOS])], []
+    for length in range(1, max_length + 1):
+        extensions = [(p, ids) for p, ids in hypotheses if ids[-1] == EOS]
+        for p, ids in hypotheses:
+            if ids[-1] != EOS:
+                extensions += [(p + m, [*ids, t]) for t, m in enumerate(next_logits(ids).log_softmax(-1).tolist())]
+        if not cut_first:
+            finished += [h for h in extensions if h[1][-1] == EOS]
+            extensions = [h for h in extensions if h[1][-1] != EOS]
+        hypotheses = sorted(extensions, reverse=largest)[:beam_size]
+        if not stay or length == max_length:
+            done = [h for h in hypotheses if h[1][-1] == EOS or length == max_length]
+            finished += done
+            hypotheses = [h for h in hypotheses if h not in done]
+    _, best = max((score(p, ids), ids) for p, ids in finished)
+    return [t for t in best if t not in (SOS, EOS)]
+
+
+def by_length(length_penalty, more=0, without_end=False):
+    def score(log_p, ids):
+        return log_p / penalized(length_penalty)(len(ids) - 1 + more - (without_end and ids[-1] == EOS))
+
+    return score
+
+
+@mistake("beam_search", "the length is counted without [EOS]")
+def beam_length_without_end(next_logits, max_length, beam_size, length_penalty=0.6):
+    return flexible_beam(next_logits, max_length, beam_size, by_length(length_penalty, without_end=True))
+
+
+@mistake("beam_search", "SOS is counted in the length; it is")
+def beam_length_with_start(next_logits, max_length, beam_size, length_penalty=0.6):
+    return flexible_beam(next_logits, max_length, beam_size, by_length(length_penalty, more=1))
+
+
+@mistake("beam_search", "SOS is counted in the length instead of EOS")
+def beam_length_of_words_and_start(next_logits, max_length, beam_size, length_penalty=0.6):
+    return flexible_beam(next_logits, max_length, beam_size, by_length(length_penalty, more=1, without_end=True))
+
+
+@mistake("beam_search", "finished hypotheses stay in the beam")
+def beam_keeps_finished(next_logits, max_length, beam_size, length_penalty=0.6):
+    return flexible_beam(next_logits, max_length, beam_size, by_length(length_penalty), stay=True)
+
+
+@mistake("beam_search", "extensions are sorted in ascending order")
+def beam_ascending(next_logits, max_length, beam_size, length_penalty=0.6):
+    return flexible_beam(next_logits, max_length, beam_size, by_length(length_penalty), largest=False)
+
+
+@mistake("beam_search", "finished hypotheses are not cut to beam_size")
+def beam_finishes_all(next_logits, max_length, beam_size, length_penalty=0.6):
+    return flexible_beam(next_logits, max_length, beam_size, by_length(length_penalty), cut_first=False)
+
+
+@mistake("beam_search", "hypotheses with max_length tokens are finished too")
+def beam_drops_unfinished(next_logits, max_length, beam_size, length_penalty=0.6):
+    return beam(next_logits, max_length, beam_size, penalized(length_penalty), keep=lambda ids: ids[-1] == EOS)
+
+
+@mistake("beam_search", "probabilities are summed instead of log-probabilities")
+def beam_sums_probabilities(next_logits, max_length, beam_size, length_penalty=0.6):
+    return beam(next_logits, max_length, beam_size, penalized(length_penalty), value=lambda x: x.softmax(-1))
+
+
+@mistake("beam_search", "log-probabilities are not summed: the score is that of the last token alone")
+def beam_without_sum(next_logits, max_length, beam_size, length_penalty=0.6):
+    hypotheses, finished = [(0.0, [SOS])], []
+    for length in range(1, max_length + 1):
+        extensions = [
+            (m, [*ids, t]) for _, ids in hypotheses for t, m in enumerate(next_logits(ids).log_softmax(-1).tolist())
+        ]
+        extensions = sorted(extensions, reverse=True)[:beam_size]
+        done = [h for h in extensions if h[1][-1] == EOS or length == max_length]
+        finished += [(p / penalized(length_penalty)(length), ids) for p, ids in done]
+        hypotheses = [h for h in extensions if h not in done]
+    return [t for t in max(finished)[1] if t not in (SOS, EOS)]
+
+
+@mistake("beam_search", "beam_size may be larger than the number of candidates: use min(beam_size, …)")
+def beam_top_k_of_vocabulary(next_logits, max_length, beam_size, length_penalty=0.6):
+    return next_logits([SOS]).topk(beam_size).indices.tolist()
+
+
+@mistake("greedy_decode", "max_length does not count SOS")
+def greedy_counts_start(next_logits, max_length):
+    ids = [SOS]
+    while len(ids) < max_length:
+        token = int(next_logits(ids).argmax())
+        if token == EOS:
+            break
+        ids.append(token)
+    return ids[1:]
+
+
+# ---------------------------------------------------------------------------- in place
+
+
+@mistake("residual", "it changes its input x in place; write x = x + … instead of x += …")
+def residual_in_place(x, sublayer, norm, dropout):
+    x += dropout(sublayer(norm(x)))
+    return x
+
+
+@mistake("layer_norm", "it changes its input x in place")
+def norm_in_place(x, gain, bias, eps=1e-5):
+    x -= x.mean(-1, keepdim=True)
+    return gain * x / ((x**2).mean(-1, keepdim=True) + eps).sqrt() + bias
+
+
+@mistake("layer_norm", "it changes a tensor in place that the gradient needs; write y = y / z instead of y /= z")
+def norm_destroys_gradient(x, gain, bias, eps=1e-5):
+    centered = x - x.mean(-1, keepdim=True)
+    variance = (centered**2).mean(-1, keepdim=True)
+    centered /= (variance + eps).sqrt()
+    return gain * centered + bias
+
+
+# ---------------------------------------------------------------------------- more of steps 2 to 10
+
+
+@mistake("positional_encoding", "sine and cosine of a pair have different exponents")
+def positions_own_exponents(seq_len, d_model):
+    angle = torch.arange(seq_len).unsqueeze(1) / 10_000 ** (torch.arange(d_model) / d_model)
+    return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)
+
+
+@mistake("embed", "sqrt(D) is applied twice; embeddings already does it")
+def embed_scaled_twice(ids, weight, dropout):
+    return dropout(embeddings(ids, weight) * math.sqrt(weight.size(1)) + encodings_for(ids, weight))
+
+
+@mistake("causal_mask", "it is transposed")
+def causal_transposed(size):
+    return torch.ones(1, size, size, dtype=torch.bool).triu()
+
+
+@mistake("masked_attention", "the softmax is applied twice")
+def mask_after_attention(query, key, value, mask):
+    _, scores = attention(query, key, value)
+    scores = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return scores @ value, scores
+
+
+@mistake("multi_head_attention", "(here B 2, Q 5, K 7, D 16, h 4)")
+def heads_with_length_of_queries(q, k, v, mask, w_q, w_k, w_v, w_o, h):
+    B, T, D = q.shape
+    query, key, value = (w(x).view(B, T, h, D // h).transpose(1, 2) for w, x in ((w_q, q), (w_k, k), (w_v, v)))
+    context, scores = masked_attention(query, key, value, mask)
+    return w_o(context.transpose(1, 2).flatten(2)), scores
+
+
+@mistake("encoder_block", "does not use its argument: lambda y: …(x, …) attends to x before the norm; use y")
+def encoder_ignores_argument(x, src_mask, block):
+    z = x
+    x = block.residual_connections[0](x, lambda y: block.self_attention_block(z, z, z, src_mask))
+    return block.residual_connections[1](x, block.feed_forward_block)
+
+
+@mistake("encoder_block", "[0] on the result of self-attention takes the first sentence")
+def encoder_first_sentence(x, src_mask, block):
+    x = block.residual_connections[0](x, lambda x: block.self_attention_block(x, x, x, src_mask)[0])
+    return block.residual_connections[1](x, block.feed_forward_block)
+
+
+@mistake("encoder_block", "x is added twice: residual_connections already adds it, in both sublayers")
+def encoder_adds_twice(x, src_mask, block):
+    x = x + block.residual_connections[0](x, lambda x: block.self_attention_block(x, x, x, src_mask))
+    return x + block.residual_connections[1](x, block.feed_forward_block)
+
+
+@mistake("encoder_block", "feed-forward comes before self-attention; each uses the other's residual connection")
+def encoder_swapped(x, src_mask, block):
+    x = block.residual_connections[0](x, block.feed_forward_block)
+    return block.residual_connections[1](x, lambda x: block.self_attention_block(x, x, x, src_mask))
+
+
+@mistake("decoder_block", "does not use its argument: lambda y: …(x, …) attends to x before the norm; use y")
+def decoder_ignores_argument(x, encoder_output, src_mask, tgt_mask, block):
+    z = x
+    x = block.residual_connections[0](x, lambda y: block.self_attention_block(z, z, z, tgt_mask))
+    x = block.residual_connections[1](
+        x, lambda x: block.cross_attention_block(x, encoder_output, encoder_output, src_mask)
+    )
+    return block.residual_connections[2](x, block.feed_forward_block)
+
+
+@mistake("decoder_block", "the feed-forward sublayer does not use its argument")
+def decoder_ignores_argument_of_feed_forward(x, encoder_output, src_mask, tgt_mask, block):
+    x = block.residual_connections[0](x, lambda x: block.self_attention_block(x, x, x, tgt_mask))
+    x = block.residual_connections[1](
+        x, lambda x: block.cross_attention_block(x, encoder_output, encoder_output, src_mask)
+    )
+    z = x
+    return block.residual_connections[2](x, lambda y: block.feed_forward_block(z))
+
+
+@mistake("decoder_block", "x is added twice: residual_connections already adds it, in all sublayers")
+def decoder_adds_twice(x, encoder_output, src_mask, tgt_mask, block):
+    x = x + block.residual_connections[0](x, lambda x: block.self_attention_block(x, x, x, tgt_mask))
+    x = x + block.residual_connections[1](
+        x, lambda x: block.cross_attention_block(x, encoder_output, encoder_output, src_mask)
+    )
+    return x + block.residual_connections[2](x, block.feed_forward_block)
+
+
+@mistake("decoder_block", "[0] on the result of cross-attention takes the first sentence")
+def decoder_first_sentence(x, encoder_output, src_mask, tgt_mask, block):
+    def cross(x):
+        return block.cross_attention_block(x, encoder_output, encoder_output, src_mask)[0]
+
+    return decode(x, block, cross, tgt_mask)
+
+
+@mistake("decoder_block", "the cross-attention sublayer is missing, and feed-forward uses residual_connections[1]")
+def decoder_without_cross(x, encoder_output, src_mask, tgt_mask, block):
+    x = block.residual_connections[0](x, lambda x: block.self_attention_block(x, x, x, tgt_mask))
+    return block.residual_connections[1](x, block.feed_forward_block)
+
+
+@mistake("decoder_block", "cross-attention comes before self-attention; each uses the other's")
+def decoder_swapped(x, encoder_output, src_mask, tgt_mask, block):
+    x = block.residual_connections[0](
+        x, lambda x: block.cross_attention_block(x, encoder_output, encoder_output, src_mask)
+    )
+    x = block.residual_connections[1](x, lambda x: block.self_attention_block(x, x, x, tgt_mask))
+    return block.residual_connections[2](x, block.feed_forward_block)
+
+
 # A causal mask for batches, which the shape of step 6 excludes.
 @mistake("causal_mask", "has the shape (4, 4), not (1, 4, 4)")
 def causal_without_batch(size):

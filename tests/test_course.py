@@ -116,8 +116,10 @@ def other_masked_attention(query, key, value, mask):
 
 
 def other_residual(x, sublayer, norm, dropout):
-    x += dropout(sublayer(norm(x)))
-    return x
+    """With an addition in place, but not to the input."""
+    y = dropout(sublayer(norm(x))).clone()
+    y += x
+    return y
 
 
 def other_shift_labels(target):
@@ -200,6 +202,34 @@ def test_no_two_mistakes_of_a_function_have_the_same_message():
 def test_a_mistake_without_a_name_is_reported_with_a_number():
     message = message_of(STEPS[0], {"embeddings": lambda ids, weight: weight[ids] * 3})
     assert "where the reference has" in message
+
+
+def test_a_constant_ratio_to_the_reference_is_reported():
+    message = message_of(STEPS[0], {"embeddings": lambda ids, weight: weight[ids] * 3})
+    assert message.endswith(": everywhere 0.75 times the reference")
+
+
+def test_a_scalar_is_reported_without_a_place():
+    def smoothed_loss(logits, label, smoothing):
+        return 3 * RIGHT["smoothed_loss"](logits, label, smoothing)
+
+    message = message_of(STEPS[10], RIGHT | {"smoothed_loss": smoothed_loss})
+    assert "where the reference has" in message
+    assert "at ()" not in message
+
+
+def test_an_error_that_occurs_only_with_gradients_is_reported():
+    def feed_forward(x, linear_1, linear_2):
+        return torch.from_numpy(RIGHT["feed_forward"](x, linear_1, linear_2).numpy())
+
+    message = message_of(STEPS[3], {"feed_forward": feed_forward})
+    assert message.startswith("Step 4, feed_forward: RuntimeError in the line")
+
+
+def test_the_source_cell_of_a_step_does_not_hold_a_later_answer():
+    cells = [cell.source for cell in notebook.build().cells]
+    before_masks = cells[: next(i for i, cell in enumerate(cells) if cell.startswith("## Step 6"))]
+    assert not any("MultiHeadAttentionBlock" in cell for cell in before_masks if cell.startswith("show_source"))
 
 
 def test_a_beam_that_holds_all_sentences_finds_the_best_of_them():
