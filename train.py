@@ -206,10 +206,13 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
     Raises InputError for bad input, before an existing run is changed; a newly created folder is then removed.
     """
     is_first = distributed.is_first()
-    with removing_new_folder_on_error(folder.path):
+    missing = [path for path in (folder.path, *folder.path.absolute().parents) if not path.exists()]
+    if is_first:
+        resources.enter_context(locked_folder(config, folder))
+    with removing_on_error(missing):  # only under the lock: another process may have just created the folder
         device = distributed.own_device(get_device(config.device))
-        if is_first:
-            resources.enter_context(locked_folder(config, folder))
+        if is_first and config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
+            print(f"restored from {config.mirror_dir}")
         resume_point = find_resume_point(folder, config)
         train_pairs, validation_pairs = load_split(config, "train"), load_split(config, "validation")
         if is_first:
@@ -223,31 +226,28 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
 
 
 @contextlib.contextmanager
-def removing_new_folder_on_error(path: Path) -> Iterator[None]:
-    """If an InputError is raised, removes this folder and its parents if they did not exist before."""
-    missing = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
+def removing_on_error(folders: list[Path]) -> Iterator[None]:
+    """If an InputError is raised, removes the first of these folders with its files, and the others if empty."""
     try:
         yield
     except InputError:
-        if missing:
-            shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
-            for parent in missing[1:]:
+            for folder in folders[:1]:
+                shutil.rmtree(folder, ignore_errors=True)
+            for parent in folders[1:]:
                 parent.rmdir()
         raise
 
 
 @contextlib.contextmanager
 def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
-    """Creates the run's folder, or restores it from the mirror, and locks it for this process."""
+    """Creates the run's folder and locks it for this process."""
     folder.check_writable()
     if config.mirror_dir:
         mirror.check_mounted(RunFolder(config.mirror_dir))
     folder.create()
     with folder.locked():
         folder.sweep()
-        if config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
-            print(f"restored from {config.mirror_dir}")
         yield
 
 
@@ -276,8 +276,8 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     print(f"device       {device.type} ({device_name(device)}), {precision}{processes}")
     print(f"run          {folder}")
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
-    held_out = config.validation_source or "held out"
-    print(f"             {len(train):,} training pairs, {len(validation):,} validation pairs ({held_out})")
+    validation_source = config.validation_source or "held out"
+    print(f"             {len(train):,} training pairs, {len(validation):,} validation pairs ({validation_source})")
     for part, data in (("training", train), ("validation", validation)):
         if data.skipped_blank or data.skipped_long:
             print(f"             skipped in {part}: {data.skipped_blank:,} pairs with a blank side,", end=" ")
@@ -357,7 +357,7 @@ def update_mirror(config: Config, folder: RunFolder, log: TrainingLog) -> None:
         mirror.update(RunFolder(config.mirror_dir), folder)
 
 
-def write(line: str) -> None:
+def print_line(line: str) -> None:
     """Prints a line above the progress bar, in the first process."""
     if distributed.is_first():
         tqdm.write(line)
@@ -432,7 +432,7 @@ def train_model(config: Config) -> TrainingState:
                     progress.epoch, progress.batch = progress.epoch + 1, 0
                 save(config, folder, state, train, log)
                 if progress.batch:
-                    write(f"saved {folder.checkpoint(**asdict(progress))}")
+                    print_line(f"saved {folder.checkpoint(**asdict(progress))}")
 
                 # Validate
                 if not stop.number:
@@ -461,12 +461,12 @@ def report_end(config: Config, folder: RunFolder, state: TrainingState, start_st
     progress, is_early = state.progress, out_of_patience(config, folder)
     if progress.step == start_step and (is_early or is_finished(progress, config)):
         done = f"{counted(progress.epoch, 'epoch')} and {counted(progress.step, 'step')} are done"
-        write(f"nothing left to train: {done}; to continue, raise --num-epochs, --max-steps or --patience")
+        print_line(f"nothing left to train: {done}; to continue, raise --num-epochs, --max-steps or --patience")
         return
     if is_early:
-        write(f"stopped early: no better validation score for {counted(config.patience, 'epoch')} (--patience)")
+        print_line(f"stopped early: no better validation score for {counted(config.patience, 'epoch')} (--patience)")
     memory = peak_memory(state.device)
-    write(f"trained in {seconds:.0f} s" + (f", peak memory {memory / 1e9:.1f} GB" if memory else ""))
+    print_line(f"trained in {seconds:.0f} s" + (f", peak memory {memory / 1e9:.1f} GB" if memory else ""))
 
 
 # ---------------------------------------------------------------------------- command line

@@ -1,5 +1,6 @@
 """Training: the learning rate, single steps, whole runs, resuming, early stopping, errors, signals, R-Drop and EMA."""
 
+import contextlib
 import json
 import math
 import os
@@ -635,3 +636,19 @@ def test_a_warmup_that_never_ends_and_validation_pairs_of_the_preset_are_reporte
     out, err = capsys.readouterr()
     assert "1,000 validation pairs (toy:validation)" in out
     assert "warning: validation pairs are those of the preset, toy:validation; give --validation-source" in err
+
+
+def test_the_new_folder_of_another_process_that_holds_the_lock_is_not_removed(tiny_config, monkeypatch):
+    """Two processes start in the same new folder: the one that comes too late for the lock must leave it alone."""
+    folder, create = RunFolder.of(tiny_config), RunFolder.create
+    other = contextlib.ExitStack()
+
+    def create_too_late(run):
+        create(run)
+        other.enter_context(RunFolder(run.path).locked())  # the other process is faster
+        (run.path / "tmodel_00.pt").write_bytes(b"of the other process")
+
+    monkeypatch.setattr(RunFolder, "create", create_too_late)
+    with other, pytest.raises(InputError, match="another process is training"):
+        train_model(tiny_config)
+    assert (folder.path / "tmodel_00.pt").read_bytes() == b"of the other process"
