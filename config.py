@@ -53,6 +53,7 @@ class Config:
     decoder_layers: int = 6               # number of decoder blocks
     num_heads: int = 8                    # number of attention heads per block (H)
     d_ff: int = 2_048                     # hidden size of the feed-forward block
+    norm: Literal["pre", "post"] = "pre"  # LayerNorm before each sublayer (Xiong et al., 2020) or after each sum (Vaswani et al., 2017)
     dropout: float = 0.1                  # dropout probability on embeddings and sublayer outputs
     attention_dropout: float = 0.1        # dropout probability on the attention weights
     feed_forward_dropout: float = 0.1     # dropout probability on the hidden layer of the feed-forward block
@@ -175,7 +176,8 @@ INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers"
 # fmt: off
 FIXED_FIELDS = (
     "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "batch_tokens", "batch_size",
-    "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "share_embeddings",
+    "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "norm",
+    "share_embeddings",
 )
 # fmt: on
 
