@@ -26,8 +26,9 @@ class Config:
     """Train a Transformer for translation, or resume a run. Default: English to Italian on opus_books from the Hugging Face Hub.
 
     A source (datasource, validation_source, test_source) is one of: toy, the embedded corpus; a dataset of the Hub or a
-    local folder in the same layout, with :SPLIT appended for a split other than train; a .tsv, .csv, .jsonl or .parquet
-    file; or the prefix of two aligned text files, so that data/train means data/train.en and data/train.de.
+    local folder in the same layout, with :SPLIT appended for a split other than train; a .tsv, .csv, .jsonl, .parquet,
+    .xlsx or .tmx file; or the prefix of two aligned text files, so that data/train means data/train.en and data/train.de.
+    Text files may be compressed: .tsv.gz, data/train.en.gz.
     """
 
     # fmt: off
@@ -44,6 +45,8 @@ class Config:
     vocab_size: int = 16_000              # maximum vocabulary size
     shared_vocab: bool = True             # one vocabulary for both languages
     seq_len: int = 350                    # maximum sentence length in tokens, including [SOS] and [EOS]; longer pairs are skipped
+    max_length_ratio: float = 0.0         # training pairs whose longer side has more than this many times the characters of the shorter one are removed; 0: off
+    drop_duplicates: bool = False         # remove training pairs that occur before
     batch_tokens: int = 8_192             # maximum number of tokens per batch, padding included (sentences x longest sentence); 0: use batch_size
     batch_size: int = 8                   # sentences per batch if batch_tokens is 0
     num_workers: int = 0                  # data loader worker processes; 0: load in the training process
@@ -175,8 +178,8 @@ INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers"
 # Settings that determine the shapes of the weights, the split or the batch order: they must not change when a run resumes.
 # fmt: off
 FIXED_FIELDS = (
-    "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "batch_tokens", "batch_size",
-    "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "norm",
+    "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "max_length_ratio", "drop_duplicates",
+    "batch_tokens", "batch_size", "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "norm",
     "share_embeddings",
 )
 # fmt: on
@@ -251,6 +254,11 @@ def check_values(config: Config) -> None:
         "ema_decay",
     ):
         require(0 <= getattr(config, name) < 1, name, "give a number from 0 (inclusive) to 1 (exclusive)")
+    require(
+        config.max_length_ratio == 0 or 1 <= config.max_length_ratio < math.inf,
+        "max_length_ratio",
+        "give 1 or more, or 0",
+    )
     require(0 < config.validation_fraction < 1, "validation_fraction", "give a number between 0 and 1")
     require(config.seq_len >= 3, "seq_len", "give 3 or more: [SOS], a word, [EOS]")
     require(config.datasource != "", "datasource", "name a source, or use --preset toy")

@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader
 
 from compute import distributed
 from config import Config, InputError
-from corpora.sources import DATA_VERSION, load_split
+from corpora.cleaning import Removed, clean
+from corpora.files import DATA_VERSION
+from corpora.sources import load_split
 from model import causal_mask
 from runs.checkpoint import write_atomically
 from runs.folder import RunFolder
@@ -157,8 +159,10 @@ class BilingualDataset(torch.utils.data.Dataset):
     Pairs with a blank side or more than `seq_len` tokens are skipped and counted in `skipped_blank` and
     `skipped_long`. With `bpe_dropout`, words are re-segmented every epoch, with random numbers that depend on seed,
     epoch and position; batches are still formed by the lengths without BPE-dropout. Raises InputError if no pairs
-    remain.
+    remain. `removed` counts the pairs that cleaning has removed before.
     """
+
+    removed = Removed()
 
     def __init__(
         self,
@@ -384,7 +388,8 @@ def get_ds(config: Config) -> tuple[BilingualDataset, BilingualDataset, Tokenize
 def encode_splits(
     config: Config, train_pairs: datasets.Dataset, validation_pairs: datasets.Dataset
 ) -> tuple[BilingualDataset, BilingualDataset, Tokenizer, Tokenizer]:
-    """`get_ds` for pairs that are already loaded. Tokenizers are trained on the training pairs only."""
+    """`get_ds` for pairs that are already loaded. Tokenizers are trained on the training pairs only, after cleaning."""
+    train_pairs, removed = clean(train_pairs, config.max_length_ratio, config.drop_duplicates)
     tokenizer_src = get_or_build_tokenizer(config, train_pairs, config.lang_src)
     if config.shared_vocab:
         tokenizer_tgt = load_tokenizer(RunFolder.of(config).tokenizer_file(config.lang_tgt))
@@ -392,4 +397,5 @@ def encode_splits(
         tokenizer_tgt = get_or_build_tokenizer(config, train_pairs, config.lang_tgt)
     tokenizers = tokenizer_src, tokenizer_tgt
     train = BilingualDataset(train_pairs, *tokenizers, config.seq_len, config.bpe_dropout, config.seed)
+    train.removed = removed
     return train, BilingualDataset(validation_pairs, *tokenizers, config.seq_len), *tokenizers

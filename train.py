@@ -278,6 +278,10 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
     validation_source = config.validation_source or "held out"
     print(f"             {len(train):,} training pairs, {len(validation):,} validation pairs ({validation_source})")
+    if any(train.removed):
+        duplicates, length_ratio = train.removed
+        print(f"             removed in training: {duplicates:,} duplicates (--drop-duplicates),", end=" ")
+        print(f"{length_ratio:,} pairs by --max-length-ratio")
     for part, data in (("training", train), ("validation", validation)):
         if data.skipped_blank or data.skipped_long:
             print(f"             skipped in {part}: {data.skipped_blank:,} pairs with a blank side,", end=" ")

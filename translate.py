@@ -24,7 +24,7 @@ from tqdm import tqdm
 from compute.device import choose_precision, get_device, keep_freed_memory
 from compute.ops import use_bf16_products
 from config import Config, InputError, parse, run_command
-from corpora.sources import read_lines
+from corpora.files import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask
 from model import Transformer, causal_mask, get_model
 from runs.folder import RunFolder
