@@ -79,6 +79,8 @@ class Config:
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA if available, then Apple's MPS, then CPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA GPUs and CPUs with native bf16, except for small models on a CPU; otherwise fp32
+    init_from: str = ""                   # run whose weights and tokenizers a new run starts from (fine-tuning); its architecture is used; empty: random weights
+    init_weights: str = "best"            # which weights of init_from: best, latest or an epoch number
     preload: str = "latest"               # checkpoint to resume from: latest, none (train from scratch) or an epoch number
     save_every_steps: int = 0             # optimizer steps between checkpoints within an epoch; 0: only at the end of each epoch
     keep_checkpoints: int = 3             # number of latest checkpoints kept besides the best one; 0: all
@@ -175,11 +177,17 @@ PRESETS: dict[str, dict] = {
 # Settings of one invocation. They are not in config.json, so that the run can be moved to another machine.
 INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers")
 
-# Settings that determine the shapes of the weights, the split or the batch order: they must not change when a run resumes.
+# Settings that determine the first weights, their shapes, the split or the batch order: they must not change when a run resumes.
 # fmt: off
 FIXED_FIELDS = (
     "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "max_length_ratio", "drop_duplicates",
     "batch_tokens", "batch_size", "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "norm",
+    "share_embeddings", "init_from", "init_weights",
+)
+
+# Settings that a run that starts from another one (init_from) takes from it.
+INHERITED_FIELDS = (
+    "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "norm",
     "share_embeddings",
 )
 # fmt: on

@@ -35,6 +35,7 @@ MAX_TOKENIZER_PAIRS = 1_000_000  # pairs that a tokenizer is trained on; more wo
 
 SPECIAL_TOKENS = ["[UNK]", "[PAD]", "[SOS]", "[EOS]"]
 UNK, PAD, SOS, EOS = range(4)
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # tokens of a BPE tokenizer for characters not seen in training
 
 # ---------------------------------------------------------------------------- tokenizers
 
@@ -42,13 +43,26 @@ UNK, PAD, SOS, EOS = range(4)
 def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -> Tokenizer:
     """The run's tokenizer for a language: loaded from its folder, or trained on these pairs and saved there.
 
-    In a folder without a checkpoint an existing tokenizer is ignored, because it may belong to another corpus. Raises
-    InputError if the corpus has no word that occurs twice.
+    In a folder without a checkpoint an existing tokenizer is ignored, because it may belong to another corpus. With
+    `init_from`, it is a copy of that run's. Raises InputError if the corpus has no word that occurs twice.
     """
     folder = RunFolder.of(config)
     path = folder.tokenizer_file(lang)
     if path.is_file() and (folder.checkpoints() or not distributed.is_first()):
         return load_tokenizer(path)
+    if config.init_from:
+        tokenizer = load_tokenizer(RunFolder.find(config.init_from).tokenizer_file(lang))
+    else:
+        tokenizer = build_tokenizer(config, pairs, lang)
+    write_atomically(path, tokenizer.to_str(pretty=True))
+    if config.shared_vocab:
+        other = config.lang_tgt if lang == config.lang_src else config.lang_src
+        write_atomically(folder.tokenizer_file(other), tokenizer.to_str(pretty=True))
+    return tokenizer
+
+
+def build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -> Tokenizer:
+    """A tokenizer trained on one side of the pairs, or on both if the vocabulary is shared."""
     side = "src" if lang == config.lang_src else "tgt"
     sides = ["src", "tgt"] if config.shared_vocab else [side]
     texts = (text for batch in sample(pairs) for s in sides for text in batch[s])
@@ -56,10 +70,6 @@ def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -
     tokenizer = build(texts, config.vocab_size)
     if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
         raise InputError(f"no word occurs twice in {config.datasource}; give a larger corpus, or --tokenizer bpe")
-    write_atomically(path, tokenizer.to_str(pretty=True))
-    if config.shared_vocab:
-        other = config.lang_tgt if side == "src" else config.lang_src
-        write_atomically(folder.tokenizer_file(other), tokenizer.to_str(pretty=True))
     return tokenizer
 
 
@@ -102,12 +112,11 @@ def build_word_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def build_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A BPE tokenizer (Sennrich et al., 2016). Unseen characters fall back to bytes, so nothing is [UNK]."""
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", byte_fallback=True))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + bytes_)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + BYTES)
     tokenizer.train_from_iterator(texts, trainer)
     # The trainer accepts the bytes only as special tokens, which decoding would skip.
     state = json.loads(tokenizer.to_str())
@@ -143,7 +152,7 @@ class BPEDropout:
     def ids(self, piece: str) -> list[int]:
         if piece in self.vocab:
             return [self.vocab[piece]]
-        return [self.vocab[f"<0x{byte:02X}>"] for byte in piece.encode()]  # an unseen character
+        return [self.vocab[BYTES[byte]] for byte in piece.encode()]  # an unseen character
 
 
 # ---------------------------------------------------------------------------- token ids and batches

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -33,12 +33,13 @@ from compute.device import (
     peak_memory,
     runs_asynchronously,
 )
-from config import PRESETS, Config, InputError, counted, get_config, parse, run_command
+from config import INHERITED_FIELDS, PRESETS, Config, InputError, counted, get_config, parse, run_command
 from corpora.sources import count_shared, load_split
 from dataset import Batches, BilingualDataset, encode_splits, make_loader
 from evaluate import format_scores, score
 from runs import mirror
 from runs.folder import RunFolder, merits
+from training.initial import start_from
 from training.log import StepReport, TrainingLog
 from training.losses import LossInputs, TrainingLoss, count_target_tokens
 from training.resume import ResumePoint, check_same_data, find_resume_point
@@ -387,9 +388,11 @@ def train_model(config: Config) -> TrainingState:
         if distributed.is_first():
             describe(config, folder, prepared, state.model, precision)
 
-        # Resume
+        # Resume, or start from another run
         if resume_point.state:
             resume(config, folder, state, resume_point)
+        elif resume_point.initial:
+            start_from(resume_point.initial, state, train)
         del prepared, resume_point  # frees the loaded checkpoint
         if distributed.is_first():
             folder.save_config(config)
@@ -484,16 +487,24 @@ def trained_run(run_dir: str, preset: str = "toy", **overrides) -> str:
 
 
 def parse_config(argv: list[str]) -> Config:
-    """The config of a command line: that of a preset, or of the run in --run-dir, overridden by the other flags."""
+    """The config of a command line: that of a preset, or of the run in --run-dir, overridden by the other flags.
+
+    With --init-from, a new run takes INHERITED_FIELDS from that run.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?")
     parser.add_argument("--run-dir", "--run_dir", nargs="?", default="")
+    parser.add_argument("--init-from", "--init_from", nargs="?", default="")
     given, _ = parser.parse_known_args(argv)
     folder = RunFolder(given.run_dir or "")
     if given.preset is None and given.run_dir and folder.config_file.is_file():
         default = folder.load_config()
     else:
         default = get_config(given.preset or "opus_books")
+    if given.init_from:  # which is no longer needed once the run has a checkpoint
+        has_started = given.run_dir and folder.checkpoints()
+        other = (folder if has_started else RunFolder.find(given.init_from)).load_config()
+        default = replace(default, **{name: getattr(other, name) for name in INHERITED_FIELDS})
     return parse(Config, argv, default=default)
 
 
