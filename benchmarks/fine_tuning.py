@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from workload import describe_machine, markdown_table
+
 from config import get_config
 from corpora.toy import toy_pairs
 from runs.folder import RunFolder
 from train import train_model
-from workload import describe_machine, markdown_table
 
 ANIMALS = re.compile(r"\b(cat|dog|horse|bird)s?\b", re.IGNORECASE)
 TRAINING_PAIRS = 1_000
