@@ -78,7 +78,7 @@ class Config:
     seed: int = 42                        # random seed for the split, the batch order, the initial weights and dropout
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA if available, then Apple's MPS, then CPU
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA GPUs and CPUs with native bf16, except for small models on a CPU; otherwise fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA GPUs and CPUs with native bf16, except for small models on a CPU; fp16 on older GPUs with tensor cores, such as a T4; otherwise fp32
     init_from: str = ""                   # run whose weights and tokenizers a new run starts from (fine-tuning); its architecture is used; empty: random weights
     init_weights: str = "best"            # which weights of init_from: best, latest or an epoch number
     preload: str = "latest"               # checkpoint to resume from: latest, none (train from scratch) or an epoch number

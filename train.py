@@ -26,8 +26,10 @@ from tqdm import tqdm
 
 from compute import distributed
 from compute.device import (
+    allow_tf32,
     choose_precision,
     device_name,
+    explained_out_of_memory,
     get_device,
     keep_freed_memory,
     peak_memory,
@@ -103,7 +105,8 @@ def train_step(
 ) -> StepReport:
     """One optimizer step on these batches and those of the other processes.
 
-    If the loss or the gradient norm is not finite, the weights are not updated; `TrainingLog.check_finite` reports it.
+    If the loss or the gradient norm is not finite, the weights are not updated; `TrainingLog.check_finite` reports it,
+    unless it is an overflow in fp16, which the scaler corrects.
     """
     own_tokens = 0 if step.is_dummy else sum(map(count_target_tokens, step.batches))
     tokens = distributed.sum_over_processes(own_tokens)
@@ -114,9 +117,10 @@ def train_step(
             batch_loss = loss_module(LossInputs.of(batch, state.device))
             # Every token of the step has the same weight; DistributedDataParallel averages gradients over processes.
             batch_loss = batch_loss * ((not step.is_dummy) * distributed.world_size() / tokens)
-            batch_loss.backward()
+            state.scaler.scale(batch_loss).backward()
         loss += batch_loss.detach()
 
+    state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if config.clip_norm:
@@ -129,20 +133,17 @@ def train_step(
         state.optimizer.step()
     elif is_finite:
         state.optimizer.step()
+    state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     if config.ema_decay:
         state.update_ema(config.ema_decay)
     return StepReport(loss, norm, tokens, step.batches[0]["src_text"][0])
 
 
-@contextlib.contextmanager
-def explained_out_of_memory(batches: list[dict]) -> Iterator[None]:
-    """Turns a GPU's out-of-memory error into an InputError with the sizes of these batches."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        sizes = " and ".join(f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in batches)
-        raise InputError(f"out of memory in a batch of {sizes}; lower --batch-tokens or --seq-len") from None
+def within_memory(*batches: dict) -> contextlib.AbstractContextManager:
+    """Context in which a GPU's out-of-memory error becomes an InputError with the sizes of these batches."""
+    sizes = (f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in batches)
+    return explained_out_of_memory(" and ".join(sizes), "lower --batch-tokens or --seq-len")
 
 
 # ---------------------------------------------------------------------------- validation
@@ -153,11 +154,12 @@ def validation_loss(model: nn.Module, validation: BilingualDataset, config: Conf
     """Cross-entropy of the whole validation set in nats per target token, without label smoothing."""
     loss_module = TrainingLoss(model, label_smoothing=0.0, precision=precision)
     device = next(model.parameters()).device
-    loss, tokens = 0.0, 0
-    for batch in make_loader(validation, Batches(validation, config, epoch=None)):
-        loss += loss_module(LossInputs.of(batch, device)).item()
+    losses, tokens = [], 0  # losses stay on the device until the end, so that the host does not wait for each
+    for batch in make_loader(validation, Batches(validation, config, epoch=None), pin_memory=device.type == "cuda"):
+        with within_memory(batch):
+            losses.append(loss_module(LossInputs.of(batch, device)))
         tokens += count_target_tokens(batch)
-    return loss / tokens
+    return sum(torch.stack(losses).tolist()) / tokens
 
 
 def run_validation(
@@ -382,6 +384,7 @@ def train_model(config: Config) -> TrainingState:
         # Prepare: the first process encodes the corpus, the others then load it from the cache
         prepared = distributed.first_then_others(lambda: prepare(config, folder, resources))
         device, train, validation, *tokenizers, resume_point = prepared
+        allow_tf32(device)
         state = TrainingState.create(config, *(t.get_vocab_size() for t in tokenizers), device)
         precision = choose_precision(config.precision, device, state.model)
         total_steps = count_steps(config, train)
@@ -396,7 +399,7 @@ def train_model(config: Config) -> TrainingState:
         del prepared, resume_point  # frees the loaded checkpoint
         if distributed.is_first():
             folder.save_config(config)
-        log = TrainingLog(folder, state.progress.step)
+        log = TrainingLog(folder, state.progress.step, state.scaler)
         resources.callback(log.close)
         translator = Translator(state.evaluated_model, config, *tokenizers)
         if state.progress.step and state.progress.batch == 0:  # perhaps killed between saving and validating
@@ -416,7 +419,7 @@ def train_model(config: Config) -> TrainingState:
                     for step in optimizer_steps(train, batches, config, progress.batch, device):
                         # One step
                         rate = learning_rate(progress.step, config, total_steps)
-                        with explained_out_of_memory(step.batches):
+                        with within_memory(*step.batches):
                             log.add(progress.step, train_step(state, loss_module, step, rate, config))
                         progress.step, progress.batch = progress.step + 1, progress.batch + step.consumed
                         bar.update(step.consumed)
