@@ -66,7 +66,7 @@ class Config:
     max_steps: int = 0                    # maximum number of optimizer steps; 0: no limit
     lr: float = 7e-4                      # peak learning rate
     lr_schedule: Literal["constant", "inverse_sqrt", "cosine"] = "inverse_sqrt"  # learning rate schedule after the warmup
-    warmup_steps: int = 4_000             # steps of linear warmup from 0 to lr
+    warmup_steps: float = 0.1             # steps of linear warmup from 0 to lr; below 1: that share of the steps of the run
     adam_beta2: float = 0.98              # Adam's beta2
     weight_decay: float = 0.0             # weight decay (AdamW), applied to matrices only
     label_smoothing: float = 0.1          # probability mass that label smoothing spreads over the vocabulary; 0: off
@@ -78,7 +78,7 @@ class Config:
     seed: int = 42                        # random seed for the split, the batch order, the initial weights and dropout
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA if available, then Apple's MPS, then CPU
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA GPUs and CPUs with native bf16, except for small models on a CPU; otherwise fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA GPUs and CPUs with native bf16, except for small models on a CPU; fp16 on older GPUs with tensor cores, such as a T4; otherwise fp32
     init_from: str = ""                   # run whose weights and tokenizers a new run starts from (fine-tuning); its architecture is used; empty: random weights
     init_weights: str = "best"            # which weights of init_from: best, latest or an epoch number
     preload: str = "latest"               # checkpoint to resume from: latest, none (train from scratch) or an epoch number
@@ -97,7 +97,7 @@ class Config:
 
 
 PRESETS: dict[str, dict] = {
-    "opus_books": {"dropout": 0.3, "warmup_steps": 500},  # a fifth of its 2,500 steps
+    "opus_books": {"dropout": 0.3},
     # The tutorial's hyperparameters: two word vocabularies, 8 sentences per batch, Adam with a constant learning rate.
     "tutorial": {
         "tokenizer": "word",
@@ -131,7 +131,7 @@ PRESETS: dict[str, dict] = {
         "num_epochs": 4,
         "lr": 3e-3,
         "lr_schedule": "cosine",
-        "warmup_steps": 100,
+        "warmup_steps": 0.1163,  # 100 of 860
     },
     # Transformer-Tiny of Wu et al., 2021, "Good for Misconceived Reasons", section 4, but pre-norm and with smaller
     # batches, a cosine schedule and an EMA, so that two hours on two CPU cores are enough.
@@ -154,7 +154,7 @@ PRESETS: dict[str, dict] = {
         "num_epochs": 90,
         "lr": 3e-3,
         "lr_schedule": "cosine",
-        "warmup_steps": 1_000,
+        "warmup_steps": 0.0436,  # 1,000 of 22,950
         "ema_decay": 0.999,
         "keep_checkpoints": 10,
         "validation_sentences": 1_014,
@@ -169,6 +169,7 @@ PRESETS: dict[str, dict] = {
         "seq_len": 256,
         "batch_tokens": 25_000,
         "max_steps": 100_000,
+        "warmup_steps": 0.04,  # 4,000, as in the paper
         "save_every_steps": 1_000,
         "validation_sentences": 1_000,
     },

@@ -163,6 +163,7 @@ class BilingualDataset(torch.utils.data.Dataset):
 
     encoder_input (B, S), decoder_input (B, T) and label (B, T), int64;
     encoder_mask (B, 1, 1, S) and decoder_mask (B, 1, T, T), boolean, True = may attend;
+    target_tokens (N,), the N labels that are not padding, and target_positions (N,), their indices in the flattened label;
     src_text and tgt_text, lists of B strings.
 
     Pairs with a blank side or more than `seq_len` tokens are skipped and counted in `skipped_blank` and
@@ -295,6 +296,7 @@ def padding_mask(ids: torch.Tensor) -> torch.Tensor:
 def batch_of(encoder_input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
     """A batch from padded ids, each row [SOS] … [EOS] and padding: encoder_input (B, S) and target (B, T + 1)."""
     label = target[:, 1:]
+    target_positions = (label.flatten() != PAD).nonzero().squeeze(1)  # here because a GPU's host would wait for it
     decoder_input = target[:, :-1].masked_fill(label == PAD, PAD)
     return {
         "encoder_input": encoder_input,
@@ -302,6 +304,8 @@ def batch_of(encoder_input: torch.Tensor, target: torch.Tensor) -> dict[str, tor
         "encoder_mask": padding_mask(encoder_input),
         "decoder_mask": padding_mask(decoder_input) & causal_mask(decoder_input.size(1)),
         "label": label,
+        "target_positions": target_positions,
+        "target_tokens": label.flatten()[target_positions],
     }
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compute import distributed
+from compute.device import LossScaler, choose_precision
 from config import Config
 from model import Transformer, get_model
 from translate import load_state_dict
@@ -32,6 +33,7 @@ class TrainingState:
     model: Transformer
     ema_model: Transformer | None
     optimizer: torch.optim.AdamW
+    scaler: LossScaler
     progress: Progress = field(default_factory=Progress)
     stop_signal: int = 0  # the signal that ended training; 0: none; not saved
 
@@ -43,7 +45,8 @@ class TrainingState:
         if not distributed.is_first():
             torch.manual_seed(config.seed + distributed.rank())
         ema_model = copy.deepcopy(model).requires_grad_(False).eval() if config.ema_decay else None
-        return cls(model, ema_model, make_optimizer(model, config, device))
+        scaler = LossScaler(device, choose_precision(config.precision, device, model))
+        return cls(model, ema_model, make_optimizer(model, config, device), scaler)
 
     @property
     def evaluated_model(self) -> Transformer:
@@ -74,6 +77,7 @@ class TrainingState:
             "model": self.model.state_dict(),
             "ema_model": self.ema_model.state_dict() if self.ema_model else None,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
             "rng": distributed.gather(rng_state()),
         }
@@ -87,6 +91,7 @@ class TrainingState:
         saved = state["optimizer"]
         groups = [{**group, **settings} for group, settings in zip(saved["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict({**saved, "param_groups": groups})
+        self.scaler.load_state_dict(state.get("scaler", {}))  # added later than the other parts
         self.progress = Progress(**state["progress"])
         if len(state["rng"]) == distributed.world_size():  # otherwise the dropout masks will differ
             set_rng_state(state["rng"][distributed.rank()])
