@@ -14,7 +14,8 @@ import tyro
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from config import InputError, parse, run_command
-from corpora.sources import check_aligned, load_split, read_text_file
+from corpora.files import check_aligned, read_text_file
+from corpora.sources import load_split
 from translate import Translator, blank_long, check_search
 
 

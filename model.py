@@ -8,8 +8,7 @@
     N  blocks of a stack
 
 Encoder self-attention has Q = K = S, decoder self-attention Q = K = T, cross-attention Q = T and K = S. Modules that
-both stacks use are annotated with T. Masks are boolean, True where a query may attend to a key. Sublayers are pre-norm
-(Xiong et al., 2020, figure 1b), so the encoder and the decoder each end with a LayerNorm.
+both stacks use are annotated with T. Masks are boolean, True where a query may attend to a key.
 """
 
 import math
@@ -214,27 +213,46 @@ class FeedForwardBlock(nn.Module):
 
 
 class ResidualConnection(nn.Module):
-    """x + dropout(sublayer(norm(x))): a pre-norm residual connection."""
+    """A sublayer with its residual path and LayerNorm.
 
-    def __init__(self, d_model: int, dropout: float):
+    `norm` is "pre" (Xiong et al., 2020, figure 1b) or "post" (Vaswani et al., 2017, section 3.1). Pre-norm leaves the
+    sum unnormalized, so each stack then ends with a LayerNorm.
+    """
+
+    def __init__(self, d_model: int, dropout: float, norm: str = "pre"):
         super().__init__()
+        self.is_pre_norm = norm == "pre"
         self.norm = nn.LayerNorm(d_model)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        return x + self.dropout(sublayer(self.norm(x)))
+        if self.is_pre_norm:
+            return x + self.dropout(sublayer(self.norm(x)))
+        return self.norm(x + self.dropout(sublayer(x)))
+
+
+def final_norm(d_model: int, norm: str) -> nn.Module:
+    """The end of a stack: a LayerNorm for pre-norm, nothing for post-norm."""
+    return nn.LayerNorm(d_model) if norm == "pre" else nn.Identity()
 
 
 class EncoderBlock(nn.Module):
     """Self-attention, then feed-forward."""
 
     def __init__(
-        self, d_model: int, h: int, d_ff: int, dropout: float, attention_dropout: float, feed_forward_dropout: float
+        self,
+        d_model: int,
+        h: int,
+        d_ff: int,
+        dropout: float,
+        attention_dropout: float,
+        feed_forward_dropout: float,
+        norm: str = "pre",
     ):
         super().__init__()
         self.self_attention_block = MultiHeadAttentionBlock(d_model, h, attention_dropout)
         self.feed_forward_block = FeedForwardBlock(d_model, d_ff, feed_forward_dropout)
-        self.residual_connections = nn.ModuleList([ResidualConnection(d_model, dropout) for _ in range(2)])
+        self.residual_connections = nn.ModuleList([ResidualConnection(d_model, dropout, norm) for _ in range(2)])
 
     def forward(self, x: Tensor, src_mask: Tensor) -> Tensor:
         x = self.residual_connections[0](x, lambda x: self.self_attention_block(x, x, x, src_mask))
@@ -242,12 +260,12 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """N encoder blocks and a final LayerNorm."""
+    """N encoder blocks, with pre-norm followed by a LayerNorm."""
 
-    def __init__(self, layers: list[EncoderBlock], d_model: int):
+    def __init__(self, layers: list[EncoderBlock], d_model: int, norm: str = "pre"):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = final_norm(d_model, norm)
 
     def forward(self, x: Tensor, src_mask: Tensor) -> Tensor:
         for layer in self.layers:
@@ -259,13 +277,20 @@ class DecoderBlock(nn.Module):
     """Masked self-attention, cross-attention to the encoder output, then feed-forward."""
 
     def __init__(
-        self, d_model: int, h: int, d_ff: int, dropout: float, attention_dropout: float, feed_forward_dropout: float
+        self,
+        d_model: int,
+        h: int,
+        d_ff: int,
+        dropout: float,
+        attention_dropout: float,
+        feed_forward_dropout: float,
+        norm: str = "pre",
     ):
         super().__init__()
         self.self_attention_block = MultiHeadAttentionBlock(d_model, h, attention_dropout)
         self.cross_attention_block = MultiHeadAttentionBlock(d_model, h, attention_dropout)
         self.feed_forward_block = FeedForwardBlock(d_model, d_ff, feed_forward_dropout)
-        self.residual_connections = nn.ModuleList([ResidualConnection(d_model, dropout) for _ in range(3)])
+        self.residual_connections = nn.ModuleList([ResidualConnection(d_model, dropout, norm) for _ in range(3)])
 
     def forward(
         self,
@@ -290,12 +315,12 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """N decoder blocks and a final LayerNorm."""
+    """N decoder blocks, with pre-norm followed by a LayerNorm."""
 
-    def __init__(self, layers: list[DecoderBlock], d_model: int):
+    def __init__(self, layers: list[DecoderBlock], d_model: int, norm: str = "pre"):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = final_norm(d_model, norm)
 
     def forward(
         self,
@@ -422,18 +447,19 @@ def build_transformer(
     share_embeddings: str = "none",
     attention_dropout: float | None = None,
     feed_forward_dropout: float | None = None,
+    norm: str = "pre",
 ) -> Transformer:
     """A Transformer with Xavier-uniform initialization of all matrices (Glorot and Bengio, 2010).
 
     The encoder has N blocks, the decoder `decoder_N` (default: N). `dropout` applies to embeddings and sublayer
     outputs, and inside attention and feed-forward blocks unless these have their own. `share_embeddings` (section 3.4):
     "target" ties the target embedding and the projection, "all" also the source embedding, which requires one
-    vocabulary for both languages: raises ValueError if the sizes differ.
+    vocabulary for both languages: raises ValueError if the sizes differ. `norm` is pre or post, see ResidualConnection.
     """
     inner_dropouts = [dropout if p is None else p for p in (attention_dropout, feed_forward_dropout)]
-    encoder = Encoder([EncoderBlock(d_model, h, d_ff, dropout, *inner_dropouts) for _ in range(N)], d_model)
-    decoder_blocks = [DecoderBlock(d_model, h, d_ff, dropout, *inner_dropouts) for _ in range(decoder_N or N)]
-    decoder = Decoder(decoder_blocks, d_model)
+    block = (d_model, h, d_ff, dropout, *inner_dropouts, norm)
+    encoder = Encoder([EncoderBlock(*block) for _ in range(N)], d_model, norm)
+    decoder = Decoder([DecoderBlock(*block) for _ in range(decoder_N or N)], d_model, norm)
     transformer = Transformer(
         encoder,
         decoder,
@@ -473,4 +499,5 @@ def get_model(config: Config, src_vocab_size: int, tgt_vocab_size: int) -> Trans
         attention_dropout=config.attention_dropout,
         feed_forward_dropout=config.feed_forward_dropout,
         share_embeddings=config.share_embeddings,
+        norm=config.norm,
     )

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from compute.device import DTYPES, choose_precision, explained_out_of_memory, get_device, keep_freed_memory
 from compute.ops import use_low_precision_products
 from config import Config, InputError, parse, run_command
-from corpora.sources import read_lines
+from corpora.files import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask
 from model import Transformer, causal_mask, get_model
 from runs.folder import RunFolder

@@ -149,8 +149,9 @@ def zero_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
 
 
 def sublayer_only(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """For a residual connection x + sublayer(norm(x)): sublayer(norm(x)) alone."""
-    return output - inputs[0]
+    """For a residual connection: the output without x, sublayer(norm(x)) or, with post-norm, norm(sublayer(x))."""
+    x, sublayer = inputs
+    return sublayer(module.norm(x)) if module.is_pre_norm else module.norm(sublayer(x))
 
 
 def input_as_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
@@ -205,6 +206,7 @@ class Variant:
     apply: Callable[[Transformer], AbstractContextManager]
 
 
+# Formulas are those of pre-norm; with post-norm, LayerNorm comes after each sum instead.
 ONLY_RESIDUAL = "Every sublayer adds 0: the output is norm(x) of the embeddings."
 ONLY_SELF_ATTENTION = "No residual path: x = SelfAttention(norm(x)); the other sublayers add 0."
 NO_FEED_FORWARD = "The feed-forward blocks add 0: x = x + 0."

@@ -206,7 +206,7 @@ def test_the_pretended_gpu_refuses_tensors_of_the_cpu():
             lambda: x + torch.ones(2, 2),
             lambda: torch.cat([x, torch.ones(2, 2)]),
             lambda: torch.nn.Linear(2, 2)(x),
-            lambda: torch.ones(3, 2)[torch.tensor([0], device="cuda")],
+            lambda: torch.ones(3, 2)[torch.zeros(1, dtype=torch.long, device="cuda")],
             lambda: torch._foreach_add([x], [torch.tensor(1.0)]),
             lambda: torch.ones(2, 2).scatter(0, torch.zeros(2, 2, dtype=torch.long, device="cuda"), 1.0),
         ):

@@ -204,6 +204,47 @@ def test_matrices_are_initialized_xavier_uniform():
     assert 0.95 * bound < weight.abs().max() <= bound
 
 
+def torch_layer_weights(block: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a block under the names of PyTorch's TransformerEncoderLayer or TransformerDecoderLayer."""
+    D = block.self_attention_block.w_q.in_features
+    attentions = {"self_attn": block.self_attention_block}
+    if hasattr(block, "cross_attention_block"):
+        attentions["multihead_attn"] = block.cross_attention_block
+    weights = {}
+    for name, attention in attentions.items():
+        weights[f"{name}.in_proj_weight"] = torch.cat([w.weight for w in (attention.w_q, attention.w_k, attention.w_v)])
+        weights[f"{name}.out_proj.weight"] = attention.w_o.weight
+        weights |= {f"{name}.in_proj_bias": torch.zeros(3 * D), f"{name}.out_proj.bias": torch.zeros(D)}
+    for i, residual in enumerate(block.residual_connections, start=1):
+        weights |= {f"norm{i}.{name}": w for name, w in residual.norm.state_dict().items()}
+    for i, linear in enumerate((block.feed_forward_block.linear_1, block.feed_forward_block.linear_2), start=1):
+        weights |= {f"linear{i}.{name}": w for name, w in linear.state_dict().items()}
+    return weights
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_encoder_and_decoder_equal_those_of_pytorch_with_the_same_weights(norm):
+    torch.manual_seed(0)
+    model = build_transformer(50, 50, 20, 20, d_model=32, N=2, h=4, d_ff=64, norm=norm).eval()
+    for name, parameter in model.named_parameters():
+        if ".norm." in name:
+            nn.init.normal_(parameter, mean=1.0)  # otherwise a LayerNorm in the wrong place might not matter
+    sizes = {"d_model": 32, "nhead": 4, "dim_feedforward": 64, "norm_first": norm == "pre", "batch_first": True}
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**sizes), 2, model.encoder.norm, False).eval()
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**sizes), 2, model.decoder.norm).eval()
+    for theirs, ours in ((encoder, model.encoder), (decoder, model.decoder)):
+        for layer, block in zip(theirs.layers, ours.layers, strict=True):
+            layer.load_state_dict(torch_layer_weights(block))
+    x, y = torch.randn(2, 9, 32), torch.randn(2, 7, 32)
+    ids = torch.full((2, 9), 4)
+    ids[1, 5:] = PAD
+    expected = decoder(
+        y, encoder(x, src_key_padding_mask=ids == PAD), ~causal_mask(7)[0], memory_key_padding_mask=ids == PAD
+    )
+    mask = padding_mask(ids)
+    assert torch.allclose(model.decoder(y, model.encoder(x, mask), mask, causal_mask(7)), expected, atol=1e-5)
+
+
 def test_weights_have_the_names_of_the_tutorial():
     names = set(build_transformer(50, 50, 10, 10, d_model=16, N=1, h=2).state_dict())
     for name in [

@@ -431,7 +431,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tiny_config, t
     config = replace(tiny_config, num_epochs=60)
     command = [sys.executable, "-u", str(ROOT / "train.py"), *flags_of(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert any("Epoch 00" in line for line in iter(process.stderr.readline, ""))  # training has begun
+    assert any("Epoch 00" in line for line in iter(process.stdout.readline, ""))  # training has begun
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number

@@ -1,17 +1,21 @@
-"""The training log: loss, gradient norm and speed, for TensorBoard and the progress bar."""
+"""The training log: loss, gradient norm and speed, for TensorBoard and the terminal."""
 
 import math
+import os
+import sys
 import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from compute import distributed
 from compute.device import LossScaler
 from config import InputError, counted
 from runs.folder import RunFolder
+from training.state import Progress
 
 
 class StepReport(NamedTuple):
@@ -68,7 +72,7 @@ class TrainingLog:
         return self.scaler is not None and self.scaler.is_enabled()
 
     def write(self, step: int, learning_rate: float) -> str:
-        """Writes the means since the last call, and returns a line for the progress bar. All processes must call it."""
+        """Writes the means since the last call, and returns a line for the terminal. All processes must call it."""
         values = {
             "loss": distributed.sum_over_processes(self.loss) / distributed.world_size() / self.tokens,
             "lr": learning_rate,
@@ -99,3 +103,65 @@ class TrainingLog:
     def close(self) -> None:
         if self.writer:
             self.writer.close()
+
+
+# ---------------------------------------------------------------------------- terminal
+
+SECONDS_BETWEEN_LINES = 300
+
+
+def print_line(line: str) -> None:
+    """Prints a line above the progress bar, in the first process."""
+    if distributed.is_first():
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """A rounded time: 45 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6_000 else f"{seconds / 3_600:.1f} h"
+
+
+def shows_bars() -> bool:
+    """Whether progress bars are wanted and can be redrawn: in a terminal or a notebook, without TQDM_DISABLE."""
+    return "TQDM_DISABLE" not in os.environ and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+
+
+class ProgressBar:
+    """A bar over all steps of a run; where none can be shown, a line after each epoch and every few minutes."""
+
+    def __init__(self, progress: Progress, total_steps: int):
+        self.start_step, self.total_steps = progress.step, total_steps
+        self.start_time = self.last_line = time.perf_counter()
+        self.first_line = progress.step + min(100, (total_steps - progress.step) // 10)
+        shown = distributed.is_first() and shows_bars()
+        # Without smoothing, the remaining time follows from the mean speed, which includes validation. The delay hides
+        # the bar if nothing is left to train.
+        options = {"smoothing": 0, "miniters": 1, "delay": 1e-3, "dynamic_ncols": True, "disable": not shown}
+        self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", **options)
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def update(self, progress: Progress) -> None:
+        self.bar.set_description_str(f"Epoch {progress.epoch:02d}", refresh=False)
+        self.bar.update()
+
+    def report(self, progress: Progress, values: str, is_end_of_epoch: bool) -> None:
+        """Shows these values of the last steps in the bar, or prints them if a line is due.
+
+        A line with the remaining time is always printed after a tenth of the steps, 100 at most.
+        """
+        self.bar.set_postfix_str(values)
+        now = time.perf_counter()
+        is_due = is_end_of_epoch or now - self.last_line > SECONDS_BETWEEN_LINES
+        if (is_due and self.bar.disable) or progress.step >= self.first_line > 0:
+            remaining = (now - self.start_time) / (progress.step - self.start_step) * (self.total_steps - progress.step)
+            done = f"step {progress.step:,} of {self.total_steps:,}"
+            print_line(f"Epoch {progress.epoch:02d}: {done}, {values}, {duration(remaining)} left")
+            self.last_line, self.first_line = now, 0

@@ -4,7 +4,7 @@ import copy
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compute import distributed
 from compute.device import LossScaler, choose_precision
@@ -65,6 +65,11 @@ class TrainingState:
         """
         decay = min(decay, (1 + self.progress.step) / (10 + self.progress.step))
         torch._foreach_lerp_(list(self.ema_model.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Replaces the weights and their EMA, at the start of a run."""
+        for model in filter(None, (self.model, self.ema_model)):
+            load_state_dict(model, weights)
 
     def state_dict(self) -> dict:
         """The state as plain values and tensors. All processes must call it, because it gathers their generators."""
