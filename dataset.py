@@ -163,7 +163,7 @@ class BilingualDataset(torch.utils.data.Dataset):
 
     encoder_input (B, S), decoder_input (B, T) and label (B, T), int64;
     encoder_mask (B, 1, 1, S) and decoder_mask (B, 1, T, T), boolean, True = may attend;
-    target_tokens (N,), the N labels that are not padding, and target_positions (N,), their indices in the flattened label;
+    target_tokens (N,), the N labels that are not padding, and target_positions (N,), their indices in label.flatten();
     src_text and tgt_text, lists of B strings.
 
     Pairs with a blank side or more than `seq_len` tokens are skipped and counted in `skipped_blank` and

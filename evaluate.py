@@ -79,7 +79,7 @@ def main(
         average: number of epochs whose weights are averaged, the best or the latest ones
         bleu_tokenizer: tokenizer of sacreBLEU; none for text that is already tokenized
         device: auto, cuda, mps or cpu
-        precision: fp32; bf16 or fp16 in linear layers; auto: bf16 if supported natively, otherwise fp16 on a GPU; fp32 for small models on a CPU
+        precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)
         as_json: output as one JSON object
     """
     if bool(source) != bool(reference):

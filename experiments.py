@@ -45,7 +45,7 @@ def step_logits(translator: Translator, sentence: str, target_ids: list[int]) ->
 def log_probability(translator: Translator, sentence: str, target_ids: list[int]) -> float:
     """log p(target, [EOS] | sentence) in nats."""
     log_p = step_logits(translator, sentence, target_ids).log_softmax(-1)
-    return log_p[torch.arange(len(log_p)), torch.tensor([*target_ids, EOS], device=log_p.device)].sum().item()
+    return log_p.gather(1, torch.tensor([[i] for i in [*target_ids, EOS]], device=log_p.device)).sum().item()
 
 
 def step_table(

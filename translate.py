@@ -343,7 +343,7 @@ def main(
         weights: best (on the validation set), latest, or an epoch number
         average: number of epochs whose weights are averaged, the best or the latest ones
         device: auto, cuda, mps or cpu
-        precision: fp32; bf16 or fp16 in linear layers; auto: bf16 if supported natively, otherwise fp16 on a GPU; fp32 for small models on a CPU
+        precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)
     """
     check_search(beam_size, length_penalty, n_best or 1)
     translator = Translator.load(run_dir, device, weights, average, precision)
