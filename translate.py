@@ -7,6 +7,10 @@ python translate.py "I can eat an apple."
 python translate.py < sentences.en > sentences.it
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import Config, InputError, parse, run_command
+
+# isort: split
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,7 +27,6 @@ from tqdm import tqdm
 
 from compute.device import choose_precision, get_device, keep_freed_memory
 from compute.ops import use_bf16_products
-from config import Config, InputError, parse, run_command
 from corpora.sources import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask
 from model import Transformer, causal_mask, get_model

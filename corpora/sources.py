@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 
-from config import Config, InputError
+from config import Config, InputError, split_source
 from corpora.toy import LANGUAGES, SPLIT_SIZES, toy_pairs
 
 DATA_VERSION = 1  # increment when reading or encoding changes: the cache of `datasets` does not detect code changes
@@ -36,7 +36,7 @@ def load_pairs(source: str, config: Config) -> datasets.Dataset:
 
     Raises InputError if the source does not exist or cannot be read.
     """
-    name, _, split = source.partition(":")
+    name, split = split_source(source)
     if not name:
         raise InputError(f"the source {source!r} has no name; give one such as wmt/wmt14:validation")
     if name == "toy":
