@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -379,6 +380,11 @@ class Batches:
         yield positions[order[start:]]
 
 
+# How workers are started. Forked ones share the memory of the training process and leave signals to it, but Python does
+# not fork by default on macOS, nor on Linux from version 3.14 on, and cannot on Windows.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+
 def make_loader(
     dataset: BilingualDataset, batches: Iterable[list[int]], num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
@@ -388,6 +394,7 @@ def make_loader(
         sampler=batches,
         batch_size=None,
         num_workers=num_workers,
+        multiprocessing_context=START_METHOD if num_workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )

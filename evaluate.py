@@ -4,6 +4,10 @@ python evaluate.py --split test
 python evaluate.py --source test.en --reference test.it
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import InputError, parse, run_command
+
+# isort: split
 import json
 import time
 from pathlib import Path
@@ -13,7 +17,6 @@ import sacrebleu
 import tyro
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
-from config import InputError, parse, run_command
 from corpora.files import check_aligned, read_text_file
 from corpora.sources import load_split
 from translate import Translator, blank_long, check_search

@@ -8,6 +8,10 @@ The variants are defined in interpret/interventions.py; the baseline is the unch
 computed without caches, because a variant may change all positions.
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import InputError, parse, run_command
+
+# isort: split
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,12 +23,10 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from config import InputError, parse, run_command
 from corpora.sources import load_split
 from dataset import EOS, SOS, padding_mask
 from evaluate import score
 from interpret.interventions import UNIFORM_CROSS, VARIANTS, Variant, head_off
-from interpret.page import report_page, save_html
 from interpret.text import step_table_text, variants_text
 from interpret.trace import AttentionTrace, record_trace
 from model import causal_mask
@@ -188,6 +190,8 @@ def main(
     for path in (html, csv):
         if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
             raise InputError(f"cannot write {path}; give the name of a file in an existing folder")
+    if html:
+        from interpret.page import report_page, save_html  # needs the packages of requirements-charts.txt
     translator = Translator.load(run_dir, device)
     steps = step_table(translator, sentence)
     print(step_table_text(steps) + "\n")

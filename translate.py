@@ -7,6 +7,10 @@ python translate.py "I can eat an apple."
 python translate.py < sentences.en > sentences.it
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import Config, InputError, parse, run_command
+
+# isort: split
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,7 +28,6 @@ from tqdm import tqdm
 
 from compute.device import DTYPES, choose_precision, explained_out_of_memory, get_device, keep_freed_memory
 from compute.ops import use_low_precision_products
-from config import Config, InputError, parse, run_command
 from corpora.files import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask
 from model import Transformer, causal_mask, get_model

@@ -4,16 +4,16 @@ python visualize.py "I can eat an apple." --html apple.html --png apple.png --te
 python visualize.py --architecture model.svg
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import InputError, parse, run_command
+
+# isort: split
 import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from config import InputError, parse, run_command
-from interpret.architecture import SUFFIXES, preset_architecture, run_architecture, save_architecture
-from interpret.charts import grid, save_png
-from interpret.page import save_page
 from interpret.text import candidates_text, heat_map_text, row_bars_text
 from interpret.trace import AttentionTrace, merge_words, record_trace
 from translate import Translator
@@ -61,6 +61,10 @@ def main(
             raise InputError(f"{path} is a folder; give the name of a file")
         if path and not Path(path).parent.is_dir():
             raise InputError(f"no folder {Path(path).parent} to write {path} to; create it first")
+    if html or png or architecture or preset:  # these modules need the packages of requirements-charts.txt
+        from interpret.architecture import preset_architecture, run_architecture, save_architecture
+        from interpret.charts import grid, save_png
+        from interpret.page import save_page
     if architecture or preset:
         check_architecture(architecture, preset, run_dir, sentence, trace_file)
     if architecture and not (sentence or html or png or save or text):
@@ -98,6 +102,8 @@ def main(
 
 def check_architecture(path: str, preset: str, run_dir: str, sentence: str | None, trace_file: str) -> None:
     """Raises InputError for options that do not go with --architecture and --preset."""
+    from interpret.architecture import SUFFIXES
+
     if not path:
         raise InputError(f"--preset {preset} is for --architecture only; add --architecture FILE.svg")
     if Path(path).suffix not in SUFFIXES:
