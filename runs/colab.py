@@ -43,8 +43,8 @@ def install_missing() -> None:
         print("all packages are already installed")
         return
     before = imported_versions()
-    pip = subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages])
-    if pip.returncode:
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages])
+    if done.returncode:
         raise RuntimeError(f"pip cannot install {', '.join(packages)}; restart the session and run all cells again")
     print(f"installed {', '.join(packages)}")
     importlib.invalidate_caches()

@@ -54,8 +54,22 @@ def repository(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch, repository):
-    """Runs the notebook in an empty folder, a new machine at each call, with the form changed and the same Drive."""
+def machine(tmp_path, monkeypatch, repository, tiny_config):
+    """Runs the notebook in an empty folder, a new machine at each call, with the form changed and the same Drive.
+
+    The model and the corpus are those of `tiny_config`.
+    """
+    fields = [
+        "datasource",
+        "d_model",
+        "encoder_layers",
+        "decoder_layers",
+        "num_heads",
+        "d_ff",
+        "batch_tokens",
+        "validation_sentences",
+    ]
+    tiny = {"validation_source": tiny_config.datasource} | {name: getattr(tiny_config, name) for name in fields}
     package = tmp_path / "substitute" / "google" / "colab"
     package.mkdir(parents=True)
     (package / "drive.py").write_text(DRIVE_MODULE)
@@ -67,6 +81,7 @@ def machine(tmp_path, monkeypatch, repository):
         notebook = nbformat.read(ROOT / "Colab_Train.ipynb", as_version=4)
         for cell in notebook.cells:
             cell.source = cell.source.replace("/content/drive", str(tmp_path / "drive"))
+            cell.source = cell.source.replace("**form)", f"**form, **{tiny!r})")
             for field, value in form.items():
                 cell.source = re.sub(rf"^{field} = .*", f"{field} = {value!r}", cell.source, flags=re.MULTILINE)
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path / name)}}).execute()
@@ -80,7 +95,7 @@ def machine(tmp_path, monkeypatch, repository):
 
 @pytest.mark.slow
 def test_a_new_machine_resumes_from_the_drive_and_its_trash_stays_empty(machine, tmp_path):
-    form = {"PRESET": "toy", "SAVE_EVERY_STEPS": 100}
+    form = {"PRESET": "toy", "SAVE_EVERY_STEPS": 4}
     first, _ = machine("first", **form, NUM_EPOCHS=1)
     run = tmp_path / "drive" / "MyDrive" / "transformer" / "toy.en-it"
     assert (run / "tmodel_00.pt").is_file()
@@ -91,7 +106,7 @@ def test_a_new_machine_resumes_from_the_drive_and_its_trash_stays_empty(machine,
     second, notebook = machine("second", **form, NUM_EPOCHS=2)
     assert RESTORED in second
     assert RESUMED in second
-    assert "at the start of epoch 1, step 215" in second
+    assert "from tmodel_00.pt, at the start of epoch 1" in second
     assert (run / "tmodel_01.pt").is_file()
     assert "BLEU" in second
     assert "vega-lite" in notebook.cells[-1].outputs[0].data["text/html"]  # what Colab shows
