@@ -268,7 +268,7 @@ def test_text_heat_map_shows_every_weight_in_hundredths(traced):
 
 
 def png_of(chart: alt.TopLevelMixin, folder: Path) -> Image.Image:
-    charts.save_png(chart, folder / "chart.png", scale=1)
+    charts.save_picture(chart, folder / "chart.png", scale=1)
     return Image.open(folder / "chart.png")
 
 
