@@ -12,7 +12,8 @@ import pandas as pd
 
 from config import InputError
 from corpora.toy import Pair, tokens_of
-from interpret.trace import KIND_NAMES, KINDS, AttentionTrace, is_punctuation, merge_words, record_trace
+from dataset import is_punctuation
+from interpret.trace import KIND_NAMES, KINDS, AttentionTrace, merge_words, record_trace
 from translate import Translator
 
 # ---------------------------------------------------------------------------- tables
