@@ -23,7 +23,7 @@ from dataset import SOS, build_bpe_tokenizer, padding_mask
 from interpret import charts, measures, page, text
 from interpret.measures import attention_mask
 from interpret.theme import PALETTES
-from interpret.trace import KINDS, AttentionTrace, merge_words, record_trace, word_indices
+from interpret.trace import KINDS, AttentionTrace, merge_bytes, merge_words, record_trace, word_indices
 from model import build_transformer, causal_mask
 from translate import Translator
 
@@ -135,6 +135,29 @@ def test_empty_and_too_long_sentences_are_rejected(translator, sentence, target,
 def test_subwords_are_assigned_to_words(tokens, numbers):
     assert word_indices(tokens, whole_words=False) == numbers
     assert word_indices(tokens, whole_words=True) == list(range(len(tokens)))
+
+
+@pytest.mark.slow
+def test_unknown_words_show_themselves(translator):
+    traced = record_trace(translator, "The zebra sleeps.", target="Il gorilla dorme.")
+    assert traced.src_tokens == ["[SOS]", "The", "zebra [UNK]", "sleeps", ".", "[EOS]"]
+    assert traced.next_tokens == ["Il", "gorilla [UNK]", "dorme", ".", "[EOS]"]
+    assert traced.next_pieces[1] == "[UNK]"
+    assert traced.row_labels("cross")[1] == "Il → gorilla [UNK]"
+    assert traced.row_labels("encoder") == traced.src_tokens
+
+
+def test_bytes_of_a_character_are_merged():
+    trace = random_trace(S=7, T=5)
+    source = ["[SOS]", "▁", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "[EOS]"]
+    trace = replace(trace, src_tokens=source, tgt_tokens=["[SOS]", "▁caff", "<0xC3>", "<0xA8>", "▁nero"])
+    merged = merge_bytes(trace)
+    assert merged.src_tokens == ["[SOS]", "▁", "🙂", "[EOS]"]
+    assert merged.tgt_tokens == ["[SOS]", "▁caff", "è", "▁nero"]
+    assert merged.weights["cross"].shape[2:] == (4, 4)
+    summed = trace.weights["cross"][1, 0, 2:4, 2:6].sum(1).mean()
+    assert merged.weights["cross"][1, 0, 2, 2] == pytest.approx(summed, abs=1e-6)
+    assert measures.check_row_sums(merged) < 1e-5
 
 
 def test_merged_weights_are_summed_over_keys_and_averaged_over_queries():
@@ -485,6 +508,16 @@ def test_command_line(trained_run, tmp_path):
     again = shell("--trace-file", "t.npz", "--text", "--words", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "cross-attention, layer 1, head 0" in again.stdout
+    shell("--trace-file", "t.npz", "--png", "p.svg", "--row", "2", cwd=tmp_path)
+    assert (tmp_path / "p.svg").read_text(encoding="utf8").startswith("<svg")
+    (tmp_path / "two.txt").write_text("She sleeps.\n\nThe zebra sleeps.\n")
+    both = shell("--run-dir", str(trained_run), "--file", "two.txt", "--html", "p.html", cwd=tmp_path)
+    assert both.returncode == 0, both.stderr
+    traces = data_of(tmp_path / "p.html")["traces"]
+    assert [trace["title"][0] for trace in traces] == ["She sleeps.", "The zebra [UNK] sleeps."]
+    bad = shell("--trace-file", "t.npz", "--row", "99", "--html", "q.html", cwd=tmp_path)
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+    assert not (tmp_path / "q.html").exists()
     assert "[SOS] →" in again.stdout
 
 
@@ -496,6 +529,8 @@ def test_command_line(trained_run, tmp_path):
         (["--trace-file", "none.npz"], "none.npz"),
         (["--html", ".", "hi"], "folder"),
         (["--png", "no/x.png", "hi"], "no folder no"),
+        (["--png", "x.jpg", "hi"], "x.jpg does not end in .png or .svg"),
+        (["--file", "none.txt", "--png", "x.png"], "--file is for --html and --text"),
     ],
 )
 def test_bad_command_lines_are_one_line_errors(tmp_path, arguments, words):

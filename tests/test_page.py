@@ -106,7 +106,7 @@ def test_no_view_is_blank_and_nothing_is_wider_than_the_window(browser, tmp_path
     """With three encoder and one decoder layers, and with a long title."""
     trace = random_trace(L=3, decoder_L=1, S=30, T=24)
     page.save_page(
-        [trace, replace(trace, src_tokens=["[SOS]", *["incomprehensibilities"] * 28, "[EOS]"])], tmp_path / "p"
+        [trace, replace(trace, src_tokens=["[SOS]", *["incomprehensibilities"] * 28, "[EOS]"])], tmp_path / "p.html"
     )
     window(browser, width, height)
     open_page(browser, tmp_path / "p.html")
