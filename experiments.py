@@ -191,7 +191,7 @@ def main(
         if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
             raise InputError(f"cannot write {path}; give the name of a file in an existing folder")
     if html:
-        from interpret.page import report_page, save_html  # needs the packages of requirements-charts.txt
+        from interpret.page import save_report  # needs the packages of requirements-charts.txt
     translator = Translator.load(run_dir, device)
     steps = step_table(translator, sentence)
     print(step_table_text(steps) + "\n")
@@ -216,7 +216,7 @@ def main(
         trace = record_trace(translator, sentence)
         ids = translator.search([translator.encode(sentence)])[0]
         corrupted = trace_variant(translator, sentence, ids, UNIFORM_CROSS)
-        save_html(report_page(sentence, trace, corrupted, steps, table, importance), html)
+        save_report(html, sentence, trace, corrupted, steps, table, importance)
         print(f"wrote {html} ({Path(html).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
 
 
