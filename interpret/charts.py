@@ -260,7 +260,7 @@ def step_attention(trace: AttentionTrace) -> alt.Chart:
 def step_heat_map(steps: pd.DataFrame, trace: AttentionTrace, value: str = "logit") -> alt.HConcatChart:
     """Logits or probabilities of every decoding step, beside the cross-attention of the step.
 
-    `steps` is a `step_table` of experiments.py: one row per step, one column per word, the chosen word framed. The
+    `steps` is a `step_table` of interpret/steps.py: one row per step, one column per word, the chosen word framed. The
     attention is that of the last layer, averaged over heads.
     """
     words = list(dict.fromkeys(steps["word"]))

@@ -85,7 +85,7 @@ def candidates_text(trace: AttentionTrace) -> str:
 
 
 def step_table_text(table: pd.DataFrame, value: str = "logit") -> str:
-    """The `step_table` of experiments.py: one line per step, one column per word, the chosen word in brackets."""
+    """The `step_table` of interpret/steps.py: one line per step, one column per word, the chosen word in brackets."""
     words = list(dict.fromkeys(table["word"]))
     width = max(9, *(len(word) + 1 for word in words))
     left = max(len(label) for label in table["label"])
