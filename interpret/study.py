@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from interpret.interventions import Variant, encoder_as_output, first_keys, intervene, last_keys, replace_outputs
 from interpret.steps import step_table
-from interpret.trace import AttentionTrace, record_trace
+from interpret.trace import AttentionTrace, first_steps, record_trace
 from model import ResidualConnection, Transformer
 from translate import Translator
 
@@ -130,7 +130,13 @@ VARIANTS = {variant.name: variant for variant in (BASELINE, *STUDY)}
 
 
 def study(translator: Translator, sentence: str) -> Iterator[tuple[Variant, pd.DataFrame, AttentionTrace]]:
-    """For the baseline and every variant: the `step_table` and the trace of the variant's own translation."""
+    """For the baseline and every variant: the `step_table` and the trace of the variant's own translation.
+
+    Translations are cut three steps after the baseline's end, because some variants repeat a word without end.
+    """
+    limit = None
     for variant in VARIANTS.values():
         with variant.apply(translator.model):
-            yield variant, step_table(translator, sentence), record_trace(translator, sentence)
+            steps, trace = step_table(translator, sentence), record_trace(translator, sentence)
+        limit = limit or len(trace.tgt_tokens) + 3
+        yield variant, steps[steps["step"] < limit], first_steps(trace, limit)
