@@ -154,8 +154,11 @@ class MultiHeadAttentionBlock(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         cache: SelfAttentionCache | CrossAttentionCache | None = None,
+        is_causal: bool = False,
     ) -> Tensor:
         """Attention of q (B, Q, D) over k and v (B, K, D): (B, Q, D). The mask is broadcast to (B, H, Q, K).
+
+        `is_causal` stands for a causal mask, with Q = K; kernels that need no mask are the fastest on a GPU.
 
         In beam search, q is (B W, 1, D): the W hypotheses of a sentence become W queries on its keys.
         """
@@ -165,19 +168,23 @@ class MultiHeadAttentionBlock(nn.Module):
             return self.split_heads(self.w_k(k)), self.split_heads(self.w_v(v))
 
         key, value = cache.update(project) if cache else project()
-        context = self.attend(query, key, value, mask)
+        context = self.attend(query, key, value, mask, is_causal)
         return self.w_o(context.transpose(1, 2).flatten(2)).view_as(q)  # (B, H, Q, d_k) -> (B, Q, D)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, T, D) -> (B, H, T, d_k)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = False
+    ) -> Tensor:
         """softmax(query key^T / sqrt(d_k)) value (equation 1): (B, H, Q, d_k)."""
         self.attention_scores = None
         dropout = self.dropout.p if self.training else 0.0
         scores_are_needed = self.record or self.intervene
         if not scores_are_needed and fused_attention_is_faster(query, dropout, self.training):
-            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
+        if is_causal:
+            mask = causal_mask(query.size(2), query.device)
         scores = self.scores(query, key, mask)
         if self.intervene:
             scores = self.intervene(scores)
@@ -298,7 +305,8 @@ class DecoderBlock(nn.Module):
         self_cache, cross_cache = cache or (None, None)
 
         def self_attention(x: Tensor) -> Tensor:
-            return self.self_attention_block(x, x, x, tgt_mask, self_cache)
+            is_causal = tgt_mask is None and x.size(1) > 1
+            return self.self_attention_block(x, x, x, tgt_mask, self_cache, is_causal)
 
         def cross_attention(x: Tensor) -> Tensor:
             return self.cross_attention_block(x, encoder_output, encoder_output, src_mask, cross_cache)
@@ -374,7 +382,9 @@ class Transformer(nn.Module):
         tgt_mask: Tensor | None,
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """The decoder output (B, T, D) for target ids (B, T) and a mask that broadcasts to (B, 1, T, T).
+        """The decoder output (B, T, D) for target ids (B, T) and a mask that broadcasts to (B, 1, T, T); None: causal.
+
+        A causal mask is enough if padding is on the right: no token before it can attend to it.
 
         With `caches` (from `new_caches`), `tgt` holds only the new tokens; a single token needs no mask. In beam search
         it holds the last token of every hypothesis, (B W, 1), with the W hypotheses of a sentence in adjacent rows.
@@ -388,14 +398,14 @@ class Transformer(nn.Module):
         return self.projection_layer(x)
 
     def hidden(
-        self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
+        self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor | None
     ) -> Tensor:
         """The decoder output (B, T, D) with teacher forcing: `forward` without the projection."""
         encoder_output = self.encode(encoder_input, encoder_mask)
         return self.decode(encoder_output, encoder_mask, decoder_input, decoder_mask)
 
     def forward(
-        self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
+        self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor | None
     ) -> Tensor:
         """Logits (B, T, V) with teacher forcing: each position predicts the token that follows it."""
         return self.project(self.hidden(encoder_input, decoder_input, encoder_mask, decoder_mask))

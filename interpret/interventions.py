@@ -42,13 +42,15 @@ def intervene(
             raise InputError(f"no head {head} in {KIND_NAMES[kind]}; it has heads 0 to {blocks[0].h - 1}")
     chosen = [block for layer, block in enumerate(blocks) if layers is None or layer in layers]
     before = [block.intervene for block in chosen]
+    # A list would be copied to a GPU at every call.
+    index = None if heads is None else torch.tensor(heads, dtype=torch.long, device=next(model.parameters()).device)
 
     def changed(outer: Change | None, scores: Tensor) -> Tensor:
         scores = outer(scores) if outer else scores
-        if heads is None:
+        if index is None:
             return change(scores)
         scores = scores.clone()
-        scores[:, heads] = change(scores[:, heads])
+        scores[:, index] = change(scores[:, index])
         return scores
 
     for block, outer in zip(chosen, before, strict=True):
@@ -106,9 +108,10 @@ def fixed_pattern(scores: Tensor, weights: Tensor) -> Tensor:
     Surplus rows and columns of `weights` are dropped; missing rows repeat the last one, missing columns are 0.
     """
     Q, K = scores.shape[-2:]
-    rows, columns = torch.arange(Q).clamp(max=weights.size(0) - 1), torch.arange(min(K, weights.size(1)))
+    rows = torch.arange(Q, device=scores.device).clamp(max=weights.size(0) - 1)
+    columns = min(K, weights.size(1))
     fitted = torch.zeros_like(scores)
-    fitted[..., columns] = weights.to(scores)[rows][:, columns]
+    fitted[..., :columns] = weights.to(scores)[rows, :columns]
     return renormalized(fitted, scores > 0)
 
 

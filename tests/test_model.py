@@ -55,6 +55,27 @@ def test_written_out_attention_equals_the_fused_kernel(tiny_model, monkeypatch):
     assert torch.allclose(fused, written_out, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.3])  # the fused kernel, and written out
+def test_without_a_decoder_mask_training_is_the_same_as_with_causal_and_padding_mask(tiny_model, attention_dropout):
+    """At all positions that are not padding, and in the gradients of their sum."""
+    source, target = random_ids(T=12)
+    source[1, 5:], target[1, 7:], target[2, 1:] = PAD, PAD, PAD
+    for block in tiny_model.train().modules():
+        if isinstance(block, MultiHeadAttentionBlock):
+            block.dropout.p = attention_dropout
+        elif isinstance(block, Dropout):
+            block.p = 0.0
+    results = []
+    for mask in (padding_mask(target) & causal_mask(12), None):
+        torch.manual_seed(0)
+        tiny_model.zero_grad()
+        found = tiny_model(source, target, padding_mask(source), mask)[target != PAD]
+        found.sum().backward()
+        results.append([found, *(p.grad.clone() for p in tiny_model.parameters())])
+    for with_mask, without in zip(*results, strict=True):
+        assert torch.allclose(with_mask, without, atol=1e-5)
+
+
 def test_scores_are_recorded_before_dropout():
     block = MultiHeadAttentionBlock(16, 2, dropout=0.9).train()
     block.record = True
