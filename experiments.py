@@ -18,10 +18,12 @@ from tqdm import tqdm
 from config import InputError, parse, run_command
 from corpora.sources import load_split
 from evaluate import score
+from interpret.findings import measure_findings
 from interpret.interventions import UNIFORM_CROSS, VARIANTS, Variant, head_off
-from interpret.page import report_page, save_html
+from interpret.page import save_report, save_study
 from interpret.steps import log_probability, step_table
-from interpret.text import step_table_text, variants_text
+from interpret.study import STUDY, study
+from interpret.text import findings_text, step_table_text, variants_text
 from interpret.trace import AttentionTrace, record_trace
 from translate import Translator
 
@@ -115,6 +117,8 @@ def main(
     sentence: Annotated[str | None, tyro.conf.Positional] = None,
     /,
     run_dir: str = "",
+    logits_study: bool = False,
+    findings: bool = False,
     heads: bool = False,
     split: Literal["", "validation", "test"] = "",
     sentences: int = 200,
@@ -127,10 +131,12 @@ def main(
     Args:
         sentence: sentence to translate
         run_dir: folder of the run; empty: the most recently trained run
+        logits_study: the variants of the logits study (docs/studies.md) in place of the others
+        findings: measure the findings of the logits study in addition, on a run of an embedded corpus
         heads: head importance in addition: the drop in BLEU with each head switched off
         split: split on which BLEU and exact match of every variant are measured in addition: validation or test
-        sentences: number of sentences of the split that are translated
-        html: HTML file for a report that works offline
+        sentences: number of sentences that are translated for the split, head importance and findings
+        html: HTML file for a report that works offline; with --logits-study, the steps of every variant
         csv: file for the table of variants; head importance goes to a second file beside it
         device: auto, cuda, mps or cpu
     """
@@ -142,30 +148,35 @@ def main(
         if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
             raise InputError(f"cannot write {path}; give the name of a file in an existing folder")
     translator = Translator.load(run_dir, device)
-    steps = step_table(translator, sentence)
+    steps, variants = step_table(translator, sentence), STUDY if logits_study else VARIANTS
     print(step_table_text(steps) + "\n")
-    table = compare(translator, sentence)
+    table = compare(translator, sentence, variants)
     importance = None
     if heads or split:
         pairs = load_split(translator.config, split or "validation")
         pairs = pairs.select(range(min(sentences, len(pairs))))
         sources, references = list(pairs["src"]), list(pairs["tgt"])
         if split:
-            table = table.merge(measure(translator, sources, references), on="variant")
+            table = table.merge(measure(translator, sources, references, variants), on="variant")
         if heads:
             importance = head_importance(translator, sources, references)
     print(variants_text(table))
     if importance is not None:
         print("\n" + importance.sort_values("bleu_drop", ascending=False).round(2).to_string(index=False))
+    if findings:
+        print("\n" + findings_text(measure_findings(translator, sentences)))
     if csv:
         write_csv(table, Path(csv))
         if importance is not None:
             write_csv(importance, Path(csv).with_suffix(".heads.csv"))
-    if html:
+    if html and logits_study:
+        save_study(html, study(translator, sentence))
+    elif html:
         trace = record_trace(translator, sentence)
         ids = translator.search([translator.encode(sentence)])[0]
         corrupted = trace_variant(translator, sentence, ids, UNIFORM_CROSS)
-        save_html(report_page(sentence, trace, corrupted, steps, table, importance), html)
+        save_report(html, sentence, trace, corrupted, steps, table, importance)
+    if html:
         print(f"wrote {html} ({Path(html).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
 
 

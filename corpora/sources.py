@@ -4,6 +4,7 @@
 chooses the source for training, validation or test, and splits it where needed.
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 

@@ -260,7 +260,7 @@ FINDINGS = [
 ]  # fmt: skip
 
 
-def findings(translator: Translator, sentences: int = 200) -> pd.DataFrame:
+def measure_findings(translator: Translator, sentences: int = 200) -> pd.DataFrame:
     """The findings on sentences of the run's corpus, one per row: finding, figures, holds.
 
     Raises InputError unless the run was trained on an embedded corpus, whose alignments are known.

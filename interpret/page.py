@@ -70,7 +70,7 @@ def write_page(
     Path(path).write_text(
         PAGE.format(
             title=html.escape(title),
-            about=html.escape(about),
+            about=CAUTION,
             run=html.escape(run),
             policy=content_security_policy(scripts),
             style=css() + (HERE / "page.css").read_text(encoding="utf8"),
@@ -110,7 +110,7 @@ PAGE = """<!DOCTYPE html>
 <body>
 <header>
 <div><h1 id="title">{title}</h1><p class="about">run <b>{run}</b> · {about}</p></div>
-<button id="theme" aria-label="switch between light and dark">◐ Theme</button>
+<button id="theme" aria-label="switch between light and dark">◐</button>
 </header>
 {controls}
 <main class="grid">
@@ -139,7 +139,7 @@ PLAYER = """<div class="bar">
 </div>"""
 
 ATTENTION_CARDS = [
-    Card("ribbons", "What is read, and what is written", columns=9, note_id="head", below=PLAYER),
+    Card("ribbons", "Attention, row by row", columns=9, note_id="head", below=PLAYER),
     Card("candidates", "Next token", "The most probable tokens of the step", columns=3),
     [
         Card("gallery", "Heads", "Click to select; with Shift or Ctrl, several", legend=True),
@@ -164,7 +164,7 @@ def save_page(traces: AttentionTrace | list[AttentionTrace], path: str | Path) -
         "traces": [trace_data(trace) for trace in traces],
     }
     title = f"{traces[0].source} → {traces[0].translation}"
-    write_page(path, title, CAUTION, ATTENTION_CARDS, data, controls, traces[0].run)
+    write_page(path, title, traces[0].run, ATTENTION_CARDS, data, controls)
 
 
 def trace_data(trace: AttentionTrace) -> dict:
@@ -212,7 +212,7 @@ def save_report(
         charts["importance"] = importance_heat_map(importance)
         cards.append(Card("importance", "Head importance", "One head switched off at a time"))
     specs = {name: page_spec(chart) for name, chart in charts.items()}
-    write_page(path, f"{sentence} → {trace.translation}", CAUTION, cards, {"specs": specs}, run=trace.run)
+    write_page(path, f"{sentence} → {trace.translation}", trace.run, cards, {"specs": specs})
 
 
 # ---------------------------------------------------------------------------- the logits study
@@ -227,4 +227,4 @@ def save_study(path: str | Path, studied: Iterable[tuple[Variant, pd.DataFrame, 
         cards.append(Card(f"variant{i}", title, variant.description, columns=6))
         if i == 0:
             source, run = trace.source, trace.run
-    write_page(path, f"Logits study: {source}", CAUTION, cards, {"specs": specs}, run=run)
+    write_page(path, f"Logits study: {source}", run, cards, {"specs": specs})

@@ -91,7 +91,7 @@ def test_study_shows_the_steps_of_each_variant(translator):
 
 @pytest.mark.slow
 def test_findings_of_a_run(translator):
-    table = findings.findings(translator, sentences=20).set_index("finding")
+    table = findings.measure_findings(translator, sentences=20).set_index("finding")
     assert [finding.partition(".")[0] for finding in table.index] == [
         "1", "2", "3", "4", "4b", "5", "6", "6b", "7", "8", "8b", "9", "10", "11", "12"
     ]  # fmt: skip
