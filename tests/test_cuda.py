@@ -92,7 +92,7 @@ def test_the_host_waits_only_when_it_logs_validates_or_saves(small_config, name,
 def gpu_translator(small_config) -> tuple[PretendedCuda, Translator]:
     """A model trained for one step."""
     with PretendedCuda() as gpu:
-        train_model(replace(small_config, max_steps=1, validation_sentences=0))
+        train_model(replace(small_config, max_steps=1, seq_len=32, validation_sentences=0))
         yield gpu, Translator.load(small_config.run_dir)
 
 
