@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import random
+import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -153,6 +155,27 @@ class BPEDropout:
         if piece in self.vocab:
             return [self.vocab[piece]]
         return [self.vocab[BYTES[byte]] for byte in piece.encode()]  # an unseen character
+
+
+def is_punctuation(token: str) -> bool:
+    """Whether a token consists of punctuation marks and symbols only."""
+    text = token.strip("▁")
+    return text != "" and token not in SPECIAL_TOKENS and all(unicodedata.category(c)[0] in "PS" for c in text)
+
+
+def word_indices(tokens: list[str], whole_words: bool) -> list[int]:
+    """The index of the word that each token belongs to.
+
+    With `whole_words` every token is a word. Otherwise a word starts at a subword with the prefix ▁; special
+    tokens and punctuation are separate words.
+    """
+    indices, after_standalone = [], True
+    for token in tokens:
+        standalone = token in SPECIAL_TOKENS or is_punctuation(token)
+        starts_word = whole_words or standalone or after_standalone or token.startswith("▁")
+        indices.append((indices[-1] + starts_word) if indices else 0)
+        after_standalone = standalone
+    return indices
 
 
 # ---------------------------------------------------------------------------- token ids and batches
@@ -379,6 +402,11 @@ class Batches:
         yield positions[order[start:]]
 
 
+# How workers are started. Forked ones share the memory of the training process and leave signals to it, but Python does
+# not fork by default on macOS, nor on Linux from version 3.14 on, and cannot on Windows.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+
 def make_loader(
     dataset: BilingualDataset, batches: Iterable[list[int]], num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
@@ -388,6 +416,7 @@ def make_loader(
         sampler=batches,
         batch_size=None,
         num_workers=num_workers,
+        multiprocessing_context=START_METHOD if num_workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )
