@@ -8,7 +8,7 @@ python translate.py < sentences.en > sentences.it
 """
 
 # config comes first: it makes Ctrl-C quiet during the imports below
-from config import Config, InputError, parse, run_command
+from config import Config, InputError, counted, parse, run_command
 
 # isort: split
 import math
@@ -265,7 +265,7 @@ class Translator:
 
 def within_memory(sources: list[list[int]]) -> AbstractContextManager:
     """Context in which a GPU's out-of-memory error becomes an InputError with the size of this batch."""
-    batch = f"{len(sources)} sentences of up to {max(map(len, sources))} tokens"
+    batch = f"{counted(len(sources), 'sentence')} of up to {max(map(len, sources))} tokens"
     return explained_out_of_memory(batch, "lower --beam-size, or --validation-sentences in training, or use the CPU")
 
 
