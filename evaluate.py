@@ -14,7 +14,8 @@ import tyro
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from config import InputError, parse, run_command
-from corpora.sources import check_aligned, load_split, read_text_file
+from corpora.files import check_aligned, read_text_file
+from corpora.sources import load_split
 from translate import Translator, blank_long, check_search
 
 
@@ -60,7 +61,7 @@ def main(
     average: int = 1,
     bleu_tokenizer: Literal["13a", "none", "intl", "char", "zh"] = "13a",
     device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Translate a split or a file with a trained run, and score the translations.
@@ -78,7 +79,7 @@ def main(
         average: number of epochs whose weights are averaged, the best or the latest ones
         bleu_tokenizer: tokenizer of sacreBLEU; none for text that is already tokenized
         device: auto, cuda, mps or cpu
-        precision: fp32, bf16 (linear layers), or auto: bf16 if supported natively, except for small models on a CPU
+        precision: fp32; bf16 or fp16 in linear layers; auto: bf16 if supported natively, otherwise fp16 on a GPU; fp32 for small models on a CPU
         as_json: output as one JSON object
     """
     if bool(source) != bool(reference):

@@ -57,7 +57,7 @@ def step_table(
     probable tokens of each step. Raises InputError for a word that is not in the vocabulary.
     """
     (ids,) = translator.search([translator.encode(sentence)], use_cache=False)
-    logits = step_logits(translator, sentence, ids)
+    logits = step_logits(translator, sentence, ids).cpu()
     chosen, token = [*ids, EOS], translator.tokenizer_tgt.id_to_token
     if words is None:
         top = logits.topk(runners_up + 1).indices.tolist()

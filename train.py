@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -25,20 +25,23 @@ from torch import nn
 
 from compute import distributed
 from compute.device import (
+    allow_tf32,
     choose_precision,
     device_name,
+    explained_out_of_memory,
     get_device,
     keep_freed_memory,
     peak_memory,
     runs_asynchronously,
 )
-from config import PRESETS, Config, InputError, counted, get_config, parse, run_command
+from config import INHERITED_FIELDS, PRESETS, Config, InputError, counted, get_config, parse, run_command
 from corpora.sources import count_shared, load_split
 from dataset import Batches, BilingualDataset, encode_splits, make_loader
 from evaluate import format_scores, score
 from runs import mirror
 from runs.folder import RunFolder, merits
 from training.estimate import estimated_memory, estimated_seconds
+from training.initial import start_from
 from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars
 from training.losses import LossInputs, TrainingLoss, count_target_tokens
 from training.resume import ResumePoint, check_same_data, find_resume_point
@@ -114,7 +117,8 @@ def train_step(
 ) -> StepReport:
     """One optimizer step on these batches and those of the other processes.
 
-    If the loss or the gradient norm is not finite, the weights are not updated; `TrainingLog.check_finite` reports it.
+    If the loss or the gradient norm is not finite, the weights are not updated; `TrainingLog.check_finite` reports it,
+    unless it is an overflow in fp16, which the scaler corrects.
     """
     own_tokens = 0 if step.is_dummy else sum(map(count_target_tokens, step.batches))
     tokens = distributed.sum_over_processes(own_tokens)
@@ -125,9 +129,10 @@ def train_step(
             batch_loss = loss_module(LossInputs.of(batch, state.device))
             # Every token of the step has the same weight; DistributedDataParallel averages gradients over processes.
             batch_loss = batch_loss * ((not step.is_dummy) * distributed.world_size() / tokens)
-            batch_loss.backward()
+            state.scaler.scale(batch_loss).backward()
         loss += batch_loss.detach()
 
+    state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if config.clip_norm:
@@ -140,20 +145,17 @@ def train_step(
         state.optimizer.step()
     elif is_finite:
         state.optimizer.step()
+    state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     if config.ema_decay:
         state.update_ema(config.ema_decay)
     return StepReport(loss, norm, tokens, step.batches[0]["src_text"][0])
 
 
-@contextlib.contextmanager
-def explained_out_of_memory(batches: list[dict]) -> Iterator[None]:
-    """Turns a GPU's out-of-memory error into an InputError with the sizes of these batches."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        sizes = " and ".join(f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in batches)
-        raise InputError(f"out of memory in a batch of {sizes}; lower --batch-tokens or --seq-len") from None
+def within_memory(*batches: dict) -> contextlib.AbstractContextManager:
+    """Context in which a GPU's out-of-memory error becomes an InputError with the sizes of these batches."""
+    sizes = (f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in batches)
+    return explained_out_of_memory(" and ".join(sizes), "lower --batch-tokens or --seq-len")
 
 
 # ---------------------------------------------------------------------------- validation
@@ -164,11 +166,12 @@ def validation_loss(model: nn.Module, validation: BilingualDataset, config: Conf
     """Cross-entropy of the whole validation set in nats per target token, without label smoothing."""
     loss_module = TrainingLoss(model, label_smoothing=0.0, precision=precision)
     device = next(model.parameters()).device
-    loss, tokens = 0.0, 0
-    for batch in make_loader(validation, Batches(validation, config, epoch=None)):
-        loss += loss_module(LossInputs.of(batch, device)).item()
+    losses, tokens = [], 0  # losses stay on the device until the end, so that the host does not wait for each
+    for batch in make_loader(validation, Batches(validation, config, epoch=None), pin_memory=device.type == "cuda"):
+        with within_memory(batch):
+            losses.append(loss_module(LossInputs.of(batch, device)))
         tokens += count_target_tokens(batch)
-    return loss / tokens
+    return sum(torch.stack(losses).tolist()) / tokens
 
 
 def run_validation(
@@ -293,6 +296,10 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
     validation_source = config.validation_source or "held out"
     print(f"             {len(train):,} training pairs, {len(validation):,} validation pairs ({validation_source})")
+    if any(train.removed):
+        duplicates, length_ratio = train.removed
+        print(f"             removed in training: {duplicates:,} duplicates (--drop-duplicates),", end=" ")
+        print(f"{length_ratio:,} pairs by --max-length-ratio")
     for part, data in (("training", train), ("validation", validation)):
         if data.skipped_blank or data.skipped_long:
             print(f"             skipped in {part}: {data.skipped_blank:,} pairs with a blank side,", end=" ")
@@ -398,6 +405,7 @@ def train_model(config: Config) -> TrainingState:
         # Prepare: the first process encodes the corpus, the others then load it from the cache
         prepared = distributed.first_then_others(lambda: prepare(config, folder, resources))
         device, train, validation, *tokenizers, resume_point = prepared
+        allow_tf32(device)
         state = TrainingState.create(config, *(t.get_vocab_size() for t in tokenizers), device)
         precision = choose_precision(config.precision, device, state.model)
         total_steps = count_steps(config, train)
@@ -405,13 +413,15 @@ def train_model(config: Config) -> TrainingState:
             describe(config, folder, prepared, state.model, precision)
             describe_plan(config, total_steps, prepared, state.model, precision)
 
-        # Resume
+        # Resume, or start from another run
         if resume_point.state:
             resume(config, folder, state, resume_point)
+        elif resume_point.initial:
+            start_from(resume_point.initial, state, train)
         del prepared, resume_point  # frees the loaded checkpoint
         if distributed.is_first():
             folder.save_config(config)
-        log = TrainingLog(folder, state.progress.step)
+        log = TrainingLog(folder, state.progress.step, state.scaler)
         resources.callback(log.close)
         translator = Translator(state.evaluated_model, config, *tokenizers)
         if state.progress.step and state.progress.batch == 0:  # perhaps killed between saving and validating
@@ -430,7 +440,7 @@ def train_model(config: Config) -> TrainingState:
                 for step in optimizer_steps(train, batches, config, progress.batch, device):
                     # One step
                     rate = learning_rate(progress.step, config, total_steps)
-                    with explained_out_of_memory(step.batches):
+                    with within_memory(*step.batches):
                         log.add(progress.step, train_step(state, loss_module, step, rate, config))
                     progress.step, progress.batch = progress.step + 1, progress.batch + step.consumed
                     bar.update(progress)
@@ -491,16 +501,24 @@ def trained_run(run_dir: str, preset: str = "toy", **overrides) -> str:
 
 
 def parse_config(argv: list[str]) -> Config:
-    """The config of a command line: that of a preset, or of the run in --run-dir, overridden by the other flags."""
+    """The config of a command line: that of a preset, or of the run in --run-dir, overridden by the other flags.
+
+    With --init-from, a new run takes INHERITED_FIELDS from that run.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?")
     parser.add_argument("--run-dir", "--run_dir", nargs="?", default="")
+    parser.add_argument("--init-from", "--init_from", nargs="?", default="")
     given, _ = parser.parse_known_args(argv)
     folder = RunFolder(given.run_dir or "")
     if given.preset is None and given.run_dir and folder.config_file.is_file():
         default = folder.load_config()
     else:
         default = get_config(given.preset or "opus_books")
+    if given.init_from:  # which is no longer needed once the run has a checkpoint
+        has_started = given.run_dir and folder.checkpoints()
+        other = (folder if has_started else RunFolder.find(given.init_from)).load_config()
+        default = replace(default, **{name: getattr(other, name) for name in INHERITED_FIELDS})
     return parse(Config, argv, default=default)
 
 

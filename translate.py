@@ -10,6 +10,7 @@ python translate.py < sentences.en > sentences.it
 import math
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,10 +22,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from compute.device import choose_precision, get_device, keep_freed_memory
-from compute.ops import use_bf16_products
+from compute.device import DTYPES, choose_precision, explained_out_of_memory, get_device, keep_freed_memory
+from compute.ops import use_low_precision_products
 from config import Config, InputError, parse, run_command
-from corpora.sources import read_lines
+from corpora.files import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask
 from model import Transformer, causal_mask, get_model
 from runs.folder import RunFolder
@@ -111,7 +112,7 @@ class Translator:
 
         Without `run_dir`, the most recently trained run. `weights` is best (by the validation score `best_by`), latest
         or an epoch number. With `average` above 1, the weights of that many epochs, the best or the latest, are
-        averaged. `precision` is fp32, bf16 or auto (see `choose_precision`); linear layers in bf16 change
+        averaged. `precision` is fp32, bf16, fp16 or auto (see `choose_precision`); linear layers in bf16 change
         log-probabilities by a few thousandths per token. Raises InputError for a missing, damaged or inconsistent run.
         """
         keep_freed_memory()
@@ -134,8 +135,8 @@ class Translator:
         model = model.to(get_device(device)).eval()
         translator = cls(model, config, *tokenizers, path.name)
         translator.precision = choose_precision(precision, translator.device, model)
-        if translator.precision == "bf16":
-            use_bf16_products(model)
+        if translator.precision != "fp32":
+            use_low_precision_products(model, DTYPES[translator.precision])
         return translator
 
     def encode(self, sentence: str) -> list[int]:
@@ -171,7 +172,8 @@ class Translator:
         """
         translations = [""] * len(sentences)
         for positions, sources in self.batches(sentences, batch_tokens // beam_size, show_progress):
-            targets = self.search(sources, beam_size, length_penalty, use_cache)
+            with within_memory(sources):
+                targets = self.search(sources, beam_size, length_penalty, use_cache)
             for i, ids in zip(positions, targets, strict=True):
                 translations[i] = self.tokenizer_tgt.decode(ids)
         return translations
@@ -187,7 +189,8 @@ class Translator:
         """The `n_best` translations of each sentence, best first; none for a blank sentence."""
         results: list[list[Hypothesis]] = [[] for _ in sentences]
         for positions, sources in self.batches(sentences, batch_tokens // beam_size):
-            found = self.beam_search(sources, beam_size, length_penalty, n_best)
+            with within_memory(sources):
+                found = self.beam_search(sources, beam_size, length_penalty, n_best)
             for i, hypotheses in zip(positions, found, strict=True):
                 results[i] = hypotheses
         return results
@@ -238,6 +241,12 @@ class Translator:
         limits = [min(2 * len(ids) + 10, self.config.seq_len) for ids in sources]
         decoder = CachedDecoder(self.model, source, max(limits)) if use_cache else UncachedDecoder(self.model, source)
         return decoder, torch.tensor(limits, device=self.device)
+
+
+def within_memory(sources: list[list[int]]) -> AbstractContextManager:
+    """Context in which a GPU's out-of-memory error becomes an InputError with the size of this batch."""
+    batch = f"{len(sources)} sentences of up to {max(map(len, sources))} tokens"
+    return explained_out_of_memory(batch, "lower --beam-size, or --validation-sentences in training, or use the CPU")
 
 
 def load_state_dict(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -321,7 +330,7 @@ def main(
     weights: str = "best",
     average: int = 1,
     device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
 ) -> None:
     """Translate a sentence, or the lines of standard input.
 
@@ -334,7 +343,7 @@ def main(
         weights: best (on the validation set), latest, or an epoch number
         average: number of epochs whose weights are averaged, the best or the latest ones
         device: auto, cuda, mps or cpu
-        precision: fp32, bf16 (linear layers), or auto: bf16 if supported natively, except for small models on a CPU
+        precision: fp32; bf16 or fp16 in linear layers; auto: bf16 if supported natively, otherwise fp16 on a GPU; fp32 for small models on a CPU
     """
     check_search(beam_size, length_penalty, n_best or 1)
     translator = Translator.load(run_dir, device, weights, average, precision)
