@@ -10,7 +10,7 @@ from compute.ops import LOGITS_PER_CHUNK
 from config import Config
 from model import Transformer
 
-# FLOP/s by GPU and precision: the peak of the data sheet times a share that is assumed, not measured. A d_model of 512 is
+# FLOP/s by GPU and precision: the peak of the data sheet times an assumed, not measured, share. A d_model of 512 is
 # too small to keep tensor cores busy, which an A100 also uses in fp32 (TF32).
 FLOPS_PER_SECOND = {
     "T4": {"fp32": 0.5 * 8.1e12, "fp16": 0.15 * 65e12},
