@@ -115,7 +115,7 @@ class ToyCorpus(NamedTuple):
 
 def load_corpus(sentences: int = 200, **settings) -> ToyCorpus:
     """The toy corpus, with so many sentences of its test split; `settings` are fields of the toy preset."""
-    config = get_config("toy", device="cpu", **settings)
+    config = get_config("toy", **{"device": "cpu", "warmup_steps": 100, **settings})
     pairs, test = load_split(config, "train"), load_split(config, "test")
     tokenizers = [build_word_tokenizer(pairs[side], config.vocab_size) for side in ("src", "tgt")]
     train = BilingualDataset(pairs, *tokenizers, config.seq_len)
