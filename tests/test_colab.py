@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -73,14 +74,14 @@ def machine(tmp_path, monkeypatch, repository, tiny_config):
     package = tmp_path / "substitute" / "google" / "colab"
     package.mkdir(parents=True)
     (package / "drive.py").write_text(DRIVE_MODULE)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'substitute'}:{ROOT / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tmp_path / "substitute", ROOT / "tests"))))
     monkeypatch.setenv("REPOSITORY", str(repository))
 
     def run(name: str, **form: object) -> tuple[str, nbformat.NotebookNode]:
         (tmp_path / name).mkdir()
         notebook = nbformat.read(ROOT / "Colab_Train.ipynb", as_version=4)
         for cell in notebook.cells:
-            cell.source = cell.source.replace("/content/drive", str(tmp_path / "drive"))
+            cell.source = cell.source.replace("/content/drive", (tmp_path / "drive").as_posix())
             cell.source = cell.source.replace("**form)", f"**form, **{tiny!r})")
             for field, value in form.items():
                 cell.source = re.sub(rf"^{field} = .*", f"{field} = {value!r}", cell.source, flags=re.MULTILINE)
