@@ -8,6 +8,10 @@ The variants are defined in interpret/interventions.py; the baseline is the unch
 computed without caches, because a variant may change all positions.
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import InputError, parse, run_command
+
+# isort: split
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,12 +23,10 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from config import InputError, parse, run_command
 from corpora.sources import load_split
 from dataset import EOS, SOS, padding_mask
 from evaluate import score
 from interpret.interventions import UNIFORM_CROSS, VARIANTS, Variant, head_off
-from interpret.page import report_page, save_html
 from interpret.text import step_table_text, variants_text
 from interpret.trace import AttentionTrace, record_trace
 from model import causal_mask
@@ -45,7 +47,7 @@ def step_logits(translator: Translator, sentence: str, target_ids: list[int]) ->
 def log_probability(translator: Translator, sentence: str, target_ids: list[int]) -> float:
     """log p(target, [EOS] | sentence) in nats."""
     log_p = step_logits(translator, sentence, target_ids).log_softmax(-1)
-    return log_p[torch.arange(len(log_p)), torch.tensor([*target_ids, EOS], device=log_p.device)].sum().item()
+    return log_p.gather(1, torch.tensor([[i] for i in [*target_ids, EOS]], device=log_p.device)).sum().item()
 
 
 def step_table(
@@ -188,6 +190,8 @@ def main(
     for path in (html, csv):
         if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
             raise InputError(f"cannot write {path}; give the name of a file in an existing folder")
+    if html:
+        from interpret.page import save_report  # needs the packages of requirements-charts.txt
     translator = Translator.load(run_dir, device)
     steps = step_table(translator, sentence)
     print(step_table_text(steps) + "\n")
@@ -212,7 +216,7 @@ def main(
         trace = record_trace(translator, sentence)
         ids = translator.search([translator.encode(sentence)])[0]
         corrupted = trace_variant(translator, sentence, ids, UNIFORM_CROSS)
-        save_html(report_page(sentence, trace, corrupted, steps, table, importance), html)
+        save_report(html, sentence, trace, corrupted, steps, table, importance)
         print(f"wrote {html} ({Path(html).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
 
 

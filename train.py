@@ -5,6 +5,10 @@ preparation of a run. The loss of a step is the sum over all target tokens of it
 that neither padding nor batch sizes change the weight of a token.
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import INHERITED_FIELDS, PRESETS, Config, InputError, counted, get_config, parse, run_command
+
+# isort: split
 import argparse
 import contextlib
 import math
@@ -34,7 +38,6 @@ from compute.device import (
     peak_memory,
     runs_asynchronously,
 )
-from config import INHERITED_FIELDS, PRESETS, Config, InputError, counted, get_config, parse, run_command
 from corpora.sources import count_shared, load_split
 from dataset import Batches, BilingualDataset, encode_splits, make_loader
 from evaluate import format_scores, score
@@ -45,7 +48,7 @@ from training.initial import start_from
 from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars
 from training.losses import LossInputs, TrainingLoss, count_target_tokens
 from training.resume import ResumePoint, check_same_data, find_resume_point
-from training.signals import StopSignal
+from training.signals import StopSignal, starting_workers
 from training.state import Progress, TrainingState
 from translate import Translator
 
@@ -92,7 +95,8 @@ def optimizer_steps(
 ) -> Iterator[StepBatches]:
     """Yields the batches of each optimizer step of an epoch, from batch `start` on."""
     own = distributed.own_batches(batches.starting_at(start), config.accumulation_steps)
-    loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
+    with starting_workers() if config.num_workers else contextlib.nullcontext():
+        loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
     size = config.accumulation_steps * distributed.world_size()
     for count in distributed.own_counts(len(batches) - start, config.accumulation_steps):
         yield StepBatches(next_batches(loader, max(1, count), config), count == 0, min(size, len(batches) - start))
@@ -242,10 +246,10 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
 
 @contextlib.contextmanager
 def removing_on_error(folders: list[Path]) -> Iterator[None]:
-    """If an InputError is raised, removes the first of these folders with its files, and the others if empty."""
+    """If an error is raised, removes the first of these folders with its files, and the others if empty."""
     try:
         yield
-    except InputError:
+    except Exception:
         with contextlib.suppress(OSError):
             for folder in folders[:1]:
                 shutil.rmtree(folder, ignore_errors=True)

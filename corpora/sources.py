@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 
-from config import Config, InputError
+from config import Config, InputError, split_source
 from corpora.files import FORMATS, format_of, load_aligned, load_file, text_file, text_of
 from corpora.toy import LANGUAGES, SPLIT_SIZES, toy_pairs
 
@@ -31,7 +31,7 @@ def load_pairs(source: str, config: Config) -> datasets.Dataset:
     """
     if format_of(source) in FORMATS:
         return load_file(Path(source), config)
-    name, _, split = source.partition(":")
+    name, split = split_source(source)
     if not name:
         raise InputError(f"the source {source!r} has no name; give one such as wmt/wmt14:validation")
     if name == "toy":

@@ -13,7 +13,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import altair as alt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from config import Config, get_config
 from corpora.sources import load_split
 from dataset import EOS, SOS, Batches, BilingualDataset, build_word_tokenizer, make_loader
 from evaluate import score
-from interpret import charts
 from interpret.trace import AttentionTrace, record_trace
 from model import (
     DecoderBlock,
@@ -243,8 +241,8 @@ def trace(functions: SimpleNamespace, model: Transformer, corpus: ToyCorpus, sen
     return record_trace(translator_of(model, corpus), sentence, ids)
 
 
-def draw_cross_attention(
-    functions: SimpleNamespace, model: Transformer, corpus: ToyCorpus, sentence: str
-) -> alt.TopLevelMixin:
-    """Heat maps of the cross-attention of each layer, mean over the heads."""
+def draw_cross_attention(functions: SimpleNamespace, model: Transformer, corpus: ToyCorpus, sentence: str):
+    """Heat maps of the cross-attention of each layer, mean over the heads: an Altair chart."""
+    from interpret import charts  # needs the packages of requirements-charts.txt
+
     return charts.mean_heads(trace(functions, model, corpus, sentence), "cross", cell_size=26)

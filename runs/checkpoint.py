@@ -72,6 +72,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise DamagedCheckpoint("it contains objects other than tensors and plain types; not loaded") from None
     except Exception as error:  # EOFError, RuntimeError …
         raise DamagedCheckpoint(f"torch cannot read it ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint("it is not a checkpoint of this project")
     if state.get("schema", 0) > SCHEMA:
         raise InputError(f"{path} was written by a newer version of this project; update the project")
     if state.get("name", path.name) != path.name:
@@ -160,7 +162,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf8") as file:
+        with temporary.open("w", encoding="utf8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -16,6 +16,7 @@ run_id                        a random text that tells this run from all others
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -26,10 +27,11 @@ from itertools import count
 from pathlib import Path
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from config import INVOCATION_FIELDS, Config, InputError, reject_unknown
+from config import INVOCATION_FIELDS, Config, InputError, reject_unknown, split_source
 from runs.checkpoint import (
     DamagedCheckpoint,
     load_checkpoint,
@@ -38,16 +40,12 @@ from runs.checkpoint import (
     write_atomically,
 )
 
-try:
-    import fcntl
-except ImportError:  # not available on Windows
-    fcntl = None
-
 WEIGHTS_FOLDER = Path("weights")
 MODEL_BASENAME = "tmodel_"
 WEIGHTS_ONLY = "_weights"
 WEIGHTS_FILE = "model.safetensors"
 SET_ASIDE = "set_aside"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # errors of file systems without locks
 
 
 class RunFolder:
@@ -64,9 +62,8 @@ class RunFolder:
         """The folder of a config's run: run_dir, or weights/<corpus>.<src>-<tgt>."""
         if config.run_dir:
             return cls(config.run_dir)
-        corpus = re.sub(
-            r"(?i)\.(tsv|csv|jsonl|parquet|xlsx|tmx)(\.gz)?$", "", Path(config.datasource.split(":")[0]).name
-        )
+        corpus = Path(split_source(config.datasource)[0]).name
+        corpus = re.sub(r"(?i)\.(tsv|csv|jsonl|parquet|xlsx|tmx)(\.gz)?$", "", corpus)
         corpus = re.sub(r"[^A-Za-z0-9._-]", "_", corpus)
         return cls(WEIGHTS_FOLDER / f"{corpus}.{config.lang_src}-{config.lang_tgt}")
 
@@ -338,16 +335,25 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run's lock; raises InputError if another process holds it. It is released when the process ends."""
-        with (self.path / ".lock").open("w") as file:
-            if fcntl:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InputError(
-                        f"another process is training in {self}; wait for it, or choose another --run-dir"
-                    ) from None
+        """Holds the run's lock; raises InputError if another process holds it. It is released when the process ends.
+
+        Warns if the file system has no locks, as some network file systems.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"another process is training in {self}; wait for it, or choose another --run-dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"warning: no lock on {self} ({error}); do not train in it twice at a time", file=sys.stderr)
+        try:
             yield
+        finally:
+            lock.release()
 
 
 def check_new_folder(folder: Path) -> None:
