@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from compute.device import DTYPES, choose_precision, explained_out_of_memory, get_device, keep_freed_memory
 from compute.ops import use_low_precision_products
+from compute.threads import share_cores
 from config import Config, InputError, parse, run_command
 from corpora.files import read_lines
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask
@@ -116,6 +117,7 @@ class Translator:
         log-probabilities by a few thousandths per token. Raises InputError for a missing, damaged or inconsistent run.
         """
         keep_freed_memory()
+        share_cores()
         folder = RunFolder.find(run_dir)
         config = folder.load_config()
         path, is_export = folder.exported_weights, folder.exported_weights.is_file()
