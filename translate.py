@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from compute.device import DTYPES, choose_precision, explained_out_of_memory, get_device, keep_freed_memory
 from compute.ops import use_low_precision_products
+from compute.threads import share_cores
 from corpora.alignment import lexical_consistency, merge_weights, pharaoh, strongest_links
 from corpora.files import read_lines
 from corpora.sources import load_split
@@ -123,6 +124,7 @@ class Translator:
         log-probabilities by a few thousandths per token. Raises InputError for a missing, damaged or inconsistent run.
         """
         keep_freed_memory()
+        share_cores()
         folder = RunFolder.find(run_dir)
         config = folder.load_config()
         path, is_export = folder.exported_weights, folder.exported_weights.is_file()
