@@ -73,7 +73,7 @@ def vega_config(palette: Palette = LIGHT) -> dict:
             "category": [palette.read, palette.written, palette.good, palette.muted],
         },
         "style": {
-            **{name: {"fill": color} for name, color in fills.items()},
+            **{name: {"color": color} for name, color in fills.items()},  # "fill" would yield to the mark's default
             "frame": {"fill": "transparent", "stroke": palette.written, "strokeWidth": 2.5},
             "outline": {"fill": "transparent", "stroke": palette.line, "strokeWidth": 1},
             "line": {"fill": None, "stroke": palette.ribbon},
