@@ -55,6 +55,7 @@ def vega_config(palette: Palette = LIGHT) -> dict:
     fills = {"read": palette.read, "written": palette.written, "chosen": palette.written, "bar": palette.bar}
     fills |= {"good": palette.good, "ribbon": palette.ribbon, "muted": palette.muted, "label": palette.text}
     fills |= {"low": palette.on_low, "high": palette.on_high, "token": palette.sunken}
+    fills |= {"on_accent": palette.card, "empty": palette.weights[0]}
     return {
         "background": palette.card,
         "font": SANS,
@@ -66,17 +67,17 @@ def vega_config(palette: Palette = LIGHT) -> dict:
             "font": SANS, "fontSize": 14, "fontWeight": 600, "color": palette.text, "anchor": "start", "offset": 10,
             "subtitleFont": SANS, "subtitleFontSize": 12, "subtitleColor": palette.muted, "subtitlePadding": 4,
         },
-        "text": {"font": SANS, "fontSize": 12, "fill": palette.text},
-        "bar": {"fill": palette.bar},
+        "text": {"font": SANS, "fontSize": 12, "color": palette.text},
+        "bar": {"color": palette.bar},
         "range": {
             "heatmap": list(palette.weights), "ramp": list(palette.weights), "diverging": list(palette.change),
             "category": [palette.read, palette.written, palette.good, palette.muted],
         },
         "style": {
-            **{name: {"color": color} for name, color in fills.items()},  # "fill" would yield to the mark's default
-            "frame": {"fill": "transparent", "stroke": palette.written, "strokeWidth": 2.5},
-            "outline": {"fill": "transparent", "stroke": palette.line, "strokeWidth": 1},
-            "line": {"fill": None, "stroke": palette.ribbon},
+            **{name: {"color": color} for name, color in fills.items()},
+            "frame": {"color": "transparent", "stroke": palette.written, "strokeWidth": 2.5},
+            "outline": {"color": "transparent", "stroke": palette.line, "strokeWidth": 1},
+            "line": {"color": palette.ribbon},
         },
     }  # fmt: skip
 
