@@ -3,7 +3,7 @@
 The explorer replaces only the data of a chart, so that the browser keeps the marks and moves them. A chart therefore
 depends on nothing but its tables: positions, labels and highlights are columns. Tables are data frames, or
 `alt.NamedData` for data that comes later. Positions are fractions of the width (x) and pixels (y); `key` names a mark
-across tables; `click` is what a click on the mark reports.
+across tables; `command` is what a click on the mark asks for (see interpret/stage.py), or empty.
 """
 
 import base64
@@ -15,9 +15,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from interpret.views import text_width
+
 Table = pd.DataFrame | alt.NamedData
 
 HEIGHT, KEY_HEIGHT, QUERY_HEIGHT, WIDEST = 330, 34, 52, 30  # of the ribbons, in pixels
+LEAST = 0.004  # smaller weights have no ribbon
+NARROWEST, GAP = 44, 12  # width of a token at least, and the space between two, in pixels
 
 # ---------------------------------------------------------------------------- building blocks
 
@@ -53,25 +57,56 @@ def ribbon_tables(
     `queries` are pairs (token read, token written); the second is empty where nothing is written. Rows after `last`
     are hidden.
     """
-    Q, K = len(queries), len(keys)
-    last = Q - 1 if last is None else last
+    last = len(queries) - 1 if last is None else last
+    above, below = slots(key_widths(keys)), slots(query_widths(queries))
     links = [
-        {"key": f"{q}-{k}", "row": q, "column": k, "side": "query", "i": q, "x0": (k + 0.5) / K, "x1": (q + 0.5) / Q,
+        {"key": f"{q}-{k}", "row": q, "column": k, "side": "query", "i": q, "x0": above[k]["x"], "x1": below[q]["x"],
          "weight": float(weights[q, k]), "opacity": 0.0 if q > last else 0.85 if q == row else 0.12,
-         "query": " → ".join(filter(None, queries[q])), "token": keys[k]}
-        for q in range(Q) for k in range(K)
+         "query": row_name(queries[q]), "token": keys[k], "command": f"row {q}"}
+        for q in range(len(queries)) for k in range(len(keys)) if weights[q, k] >= LEAST
     ]  # fmt: skip
     tokens = [
-        {"key": f"k{k}", "side": "key", "i": k, "label": token, "note": number_text(weights[row, k]),
-         "x0": (k + 0.06) / K, "x1": (k + 0.94) / K, "x": (k + 0.5) / K, "on": False, "opacity": 1.0}
+        {"key": f"k{k}", "side": "key", "i": k, "label": token, "note": number_text(weights[row, k]), "on": False,
+         "opacity": 1.0, "command": "", **above[k]}
         for k, token in enumerate(keys)
     ] + [
         {"key": f"q{q}", "side": "query", "i": q, "label": written or read, "note": f"{read} →" if written else "",
-         "x0": (q + 0.06) / Q, "x1": (q + 0.94) / Q, "x": (q + 0.5) / Q, "on": q == row,
-         "opacity": 1.0 if q <= last else 0.0}
+         "on": q == row, "opacity": 1.0 if q <= last else 0.0, "command": f"row {q}", **below[q]}
         for q, (read, written) in enumerate(queries)
     ]  # fmt: skip
-    return pd.DataFrame(links), pd.DataFrame(tokens)
+    return pd.DataFrame(links, columns=LINK_COLUMNS), pd.DataFrame(tokens)
+
+
+LINK_COLUMNS = ["key", "row", "column", "side", "i", "x0", "x1", "weight", "opacity", "query", "token", "command"]
+
+
+def slots(widths: list[float]) -> list[dict[str, float]]:
+    """The boxes of tokens side by side, as fractions of the whole width: x0, x1 and the center x."""
+    total, ends = sum(widths), np.cumsum(widths)
+    return [
+        {"x0": (end - w + GAP / 2) / total, "x1": (end - GAP / 2) / total, "x": (end - w / 2) / total}
+        for w, end in zip(widths, ends.tolist(), strict=True)
+    ]
+
+
+def key_widths(keys: list[str]) -> list[float]:
+    """The pixels that each key needs."""
+    return [max(NARROWEST, text_width(key) + GAP) for key in keys]
+
+
+def query_widths(queries: list[tuple[str, str]]) -> list[float]:
+    """The pixels that each query needs, with the token read in small and the token written in large letters."""
+    return [max(NARROWEST, text_width(written), 0.85 * text_width(f"{read} →")) + GAP for read, written in queries]
+
+
+def ribbon_width(keys: list[str], queries: list[tuple[str, str]]) -> int:
+    """The pixels that the ribbons need, so that no token is cut."""
+    return round(max(sum(key_widths(keys)), sum(query_widths(queries))))
+
+
+def row_name(query: tuple[str, str]) -> str:
+    """A row's tokens read and written: "una → mela"."""
+    return " → ".join(filter(None, query))
 
 
 def number_text(weight: float) -> str:
@@ -163,11 +198,12 @@ def ribbon_path(top: float, bottom: float) -> str:
 CANDIDATE_HEIGHT = 40
 
 
-def candidate_rows(candidates: list[tuple[str, float]], written: str) -> pd.DataFrame:
+def candidate_rows(candidates: list[tuple[str, float]], written: str, commands: list[str]) -> pd.DataFrame:
     """The table of `candidate_bars` for the (token, ln p) of one step, most probable first."""
     return pd.DataFrame([
         {"key": rank, "token": token, "probability": math.exp(log_p), "log_p": log_p, "on": token == written,
-         "share": f"{math.exp(log_p):.1%}", "left": 0.0, "right": 1.0, "y": CANDIDATE_HEIGHT * rank}
+         "share": f"{math.exp(log_p):.1%}", "left": 0.0, "right": 1.0, "y": CANDIDATE_HEIGHT * rank,
+         "command": commands[rank]}
         for rank, (token, log_p) in enumerate(candidates)
     ])  # fmt: skip
 
@@ -204,21 +240,25 @@ THUMBNAIL, HEAD_HEIGHT = 84, 164  # height of a thumbnail, and with its texts
 
 
 def gallery_rows(
-    weights: np.ndarray, keys: list[str], row: int, roles: dict[tuple[int, int], str], colors: tuple[str, ...],
-    picked: list[tuple[int, int]], off: set[tuple[int, int]],
+    weights: np.ndarray, keys: list[str], row: int, roles: dict[tuple[int, int], tuple[str, str]],
+    colors: tuple[str, ...], picked: list[tuple[int, int]], off: set[tuple[int, int]],
 ) -> pd.DataFrame:  # fmt: skip
-    """The table of `gallery` for weights (L, H, Q, K): one row per head, with the three largest weights of a row."""
+    """The table of `gallery` for weights (L, H, Q, K): one row per head, with the three largest weights of a row.
+
+    `roles` are pairs (role, more about it) by layer and head; `colors` is the color scale of weights.
+    """
     L, H = weights.shape[:2]
     images = thumbnails(weights, colors)
     rows = []
     for layer, head in np.ndindex(L, H):
         top = np.argsort(-weights[layer, head, row], kind="stable")[:3]
         texts = [f"{keys[k]} {weights[layer, head, row, k]:.2f}" for k in top]
+        role, about = roles.get((layer, head), ("", ""))
         rows.append({
-            "key": f"{layer}.{head}", "layer": layer, "head": head, "image": images[layer, head],
-            "name": f"{layer}.{head}", "role": roles.get((layer, head), ""), **dict(zip(("a", "b", "c"), texts, strict=False)),
+            "key": f"{layer}.{head}", "image": images[layer, head], "name": f"{layer}.{head}", "role": role,
+            "about": about, **dict(zip(("a", "b", "c"), texts, strict=False)),
             "x0": (head + 0.05) / H, "x1": (head + 0.95) / H, "x": (head + 0.5) / H, "y": HEAD_HEIGHT * layer,
-            "on": (layer, head) in picked, "off": (layer, head) in off,
+            "on": (layer, head) in picked, "off": (layer, head) in off, "command": f"head {layer}.{head}",
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -239,8 +279,8 @@ def thumbnails(weights: np.ndarray, colors: tuple[str, ...]) -> dict[tuple[int, 
 def gallery(heads: Table, layers: int) -> alt.LayerChart:
     """A thumbnail of every head, its name and role, and its three largest weights of the selected row."""
     base = alt.Chart(heads).transform_calculate(
-        top="datum.y + 20", bottom=f"datum.y + {20 + THUMBNAIL}", title="datum.y + 8", middle=f"datum.y + {20 + THUMBNAIL / 2}",
-        end=f"datum.y + {HEAD_HEIGHT - 6}", start="datum.y",
+        top="datum.y + 20", bottom=f"datum.y + {20 + THUMBNAIL}", title="datum.y + 8",
+        middle=f"datum.y + {20 + THUMBNAIL / 2}", end=f"datum.y + {HEAD_HEIGHT - 6}", start="datum.y",
         **{name: f"datum.y + {34 + THUMBNAIL + 14 * i}" for i, name in enumerate(("y1", "y2", "y3"))},
     )  # fmt: skip
     place = {"x": x_of("x0"), "x2": "x1:Q", "y": y_of("top"), "y2": "bottom:Q", "key": "key:N"}
@@ -269,7 +309,7 @@ def gallery(heads: Table, layers: int) -> alt.LayerChart:
         off.mark_text(fontSize=13, fontWeight=600, style="written").encode(
             x=x_of("x"), y=y_of("middle"), text=alt.value("off")
         ),
-        base.transform_filter("datum.on").mark_rect(style="written", filled=False, strokeWidth=2.5, cornerRadius=4).encode(**place),
+        base.transform_filter("datum.on").mark_rect(style="frame", cornerRadius=4).encode(**place),
         base.mark_rect(opacity=0, cursor="pointer").encode(
             **whole, tooltip=[alt.Tooltip("name:N", title="layer.head"), alt.Tooltip("about:N", title="role")]
         ),
@@ -288,57 +328,66 @@ def cell_rows(
     """The cells and labels of `heat_map` for weights (Q, K). With `causal`, masked cells are omitted."""
     Q, K = weights.shape
     height, width = (MAP_HEIGHT - HEADER) / Q, (1 - LABELS) / K
-    names = [" → ".join(filter(None, query)) for query in queries]
-    fits = K <= 12 and Q <= 18
+    names = [row_name(query) for query in queries]
     cells = [
         {"key": f"{q}-{k}", "row": q, "column": k, "query": names[q], "token": keys[k], "weight": float(weights[q, k]),
-         "number": f"{weights[q, k]:.2f}" if fits and abs(weights[q, k]) >= 0.005 else "",
+         "number": f"{weights[q, k]:.2f}" if height >= 13 and abs(weights[q, k]) >= 0.005 else "",
          "x0": LABELS + width * k, "x1": LABELS + width * (k + 0.96), "x": LABELS + width * (k + 0.48),
-         "y0": HEADER + height * q, "y1": HEADER + height * (q + 0.95), "y": HEADER + height * (q + 0.475), "on": q == row}
+         "y0": HEADER + height * q, "y1": HEADER + height * (q + 0.95), "y": HEADER + height * (q + 0.475),
+         "on": q == row, "command": f"row {q}"}
         for q in range(Q) for k in range(q + 1 if causal else K)
     ]  # fmt: skip
     size = min(12.5, 0.8 * height)
     labels = [
         {"key": f"q{q}", "side": "query", "label": name, "x": LABELS - 0.015, "y": HEADER + height * (q + 0.475),
-         "size": size, "row": q, "on": q == row}
+         "size": size, "on": q == row, "command": f"row {q}"}
         for q, name in enumerate(names)
     ] + [
         {"key": f"k{k}", "side": "key", "label": key, "x": LABELS + width * (k + 0.4), "y": HEADER - 8.0, "size": 12.5,
-         "row": -1, "on": False}
+         "on": False, "command": ""}
         for k, key in enumerate(keys)
     ]  # fmt: skip
     return pd.DataFrame(cells), pd.DataFrame(labels)
 
 
-def heat_map(cells: Table, labels: Table, diverging: bool = False) -> alt.LayerChart:
-    """Rows are queries, columns are keys; the selected row is framed. `diverging` is for differences from -1 to 1."""
+def heat_map(cells: Table, labels: Table, diverging: bool = False, width: str = "width") -> alt.LayerChart:
+    """Rows are queries, columns are keys; the selected row is framed. `diverging` is for differences from -1 to 1.
+
+    `width` is the width in pixels, or the Vega signal that holds it.
+    """
     domain, colors = ([-1, 1], "diverging") if diverging else ([0, 1], "heatmap")
     color = alt.Color("weight:Q", scale=alt.Scale(domain=domain, range=colors, clamp=True), legend=None)
     base = alt.Chart(cells)
     place = {"x": x_of("x0"), "x2": "x1:Q", "y": y_of("y0"), "y2": "y1:Q", "key": "key:N"}
-    number = base.encode(x=x_of("x"), y=y_of("y"), text="number:N", key="key:N")
+    fits = base.transform_filter(f"(datum.x1 - datum.x0) * {width} >= 26 && datum.number")
+    number = fits.encode(x=x_of("x"), y=y_of("y"), text="number:N", key="key:N")
     is_dark = "abs(datum.weight) >= 0.5"
-    row_labels = alt.Chart(labels).transform_filter("datum.side == 'query'").encode(
-        x=x_of("x"), y=y_of("y"), text="label:N", key="key:N", size=as_is(alt.Size, "size")
-    )  # fmt: skip
-    edges = base.transform_filter("datum.on").transform_aggregate(
+    side = {"x": x_of("x"), "y": y_of("y"), "text": "label:N", "key": "key:N", "size": as_is(alt.Size, "size")}
+    row_labels = alt.Chart(labels).transform_filter("datum.side == 'query'").encode(**side)
+    column_labels = alt.Chart(labels).transform_filter("datum.side == 'key'").encode(**side)
+    right = {"align": "right", "limit": alt.ExprRef(f"{LABELS - 0.02} * {width}"), "cursor": "pointer"}
+    frame = base.transform_filter("datum.on").transform_aggregate(
         x0="min(x0)", x1="max(x1)", y0="min(y0)", y1="max(y1)", groupby=["row"]
     )
     return alt.layer(
         base.mark_rect(cornerRadius=2, cursor="pointer").encode(
-            **place, color=color,
-            tooltip=[alt.Tooltip("query:N", title="query (row)"), alt.Tooltip("token:N", title="key (column)"),
-                     alt.Tooltip("weight:Q", format=".4f")],
+            **place,
+            color=color,
+            tooltip=[
+                alt.Tooltip("query:N", title="query (row)"),
+                alt.Tooltip("token:N", title="key (column)"),
+                alt.Tooltip("weight:Q", format=".4f"),
+            ],
         ),
         number.transform_filter(f"!({is_dark})").mark_text(fontSize=10.5, style="low", tooltip=None),
         number.transform_filter(is_dark).mark_text(fontSize=10.5, style="high", tooltip=None),
-        edges.mark_rect(style="written", filled=False, strokeWidth=2.5, cornerRadius=3).encode(**{n: v for n, v in place.items() if n != "key"}),
-        row_labels.transform_filter("!datum.on").mark_text(align="right", limit=190, style="muted"),
-        row_labels.transform_filter("datum.on").mark_text(align="right", limit=190, style="label", fontWeight=600),
-        alt.Chart(labels).transform_filter("datum.side == 'key'").mark_text(align="left", angle=315, limit=96, style="muted").encode(
-            x=x_of("x"), y=y_of("y"), text="label:N", key="key:N"
+        frame.mark_rect(style="frame", cornerRadius=3, tooltip=None).encode(
+            x=place["x"], x2="x1:Q", y=place["y"], y2="y1:Q"
         ),
-    ).properties(height=MAP_HEIGHT)  # fmt: skip
+        row_labels.transform_filter("!datum.on").mark_text(style="muted", **right),
+        row_labels.transform_filter("datum.on").mark_text(style="label", fontWeight=600, **right),
+        column_labels.mark_text(align="left", angle=315, limit=96, style="muted"),
+    ).properties(height=MAP_HEIGHT)
 
 
 # ---------------------------------------------------------------------------- one row
@@ -353,8 +402,8 @@ def bar_rows(weights: np.ndarray, keys: list[str]) -> pd.DataFrame:
     ]
     rows.append({"key": -1, "position": "", "token": "sum", "weight": 0.0, "number": f"{weights.sum():.4f}"})
     return pd.DataFrame([
-        {**row, "y": height * (i + 0.5), "y0": height * (i + 0.2), "y1": height * (i + 0.8), "x0": 0.42, "x1": 0.42 + 0.36 * row["weight"],
-         "left": 0.07, "name": 0.1, "right": 1.0, "size": min(13.0, 0.75 * height)}
+        {**row, "y": height * (i + 0.5), "y0": height * (i + 0.2), "y1": height * (i + 0.8), "x0": 0.42,
+         "x1": 0.42 + 0.36 * row["weight"], "left": 0.07, "name": 0.1, "right": 1.0, "size": min(13.0, 0.75 * height)}
         for i, row in enumerate(rows)
     ])  # fmt: skip
 
@@ -419,7 +468,9 @@ def beam_chart(nodes: Table, edges: Table, beam_size: int) -> alt.LayerChart:
                alt.Tooltip("score:Q", format=".4f")]  # fmt: skip
     limit = alt.ExprRef("(datum.x1 - datum.x0) * width - 4")
     layers = [
-        lines.transform_filter(which).mark_point(size=4, filled=False, style=style, strokeWidth=stroke, opacity=opacity).encode(**line)
+        lines.transform_filter(which)
+        .mark_point(size=4, filled=False, style=style, strokeWidth=stroke, opacity=opacity)
+        .encode(**line)
         for which, style, stroke, opacity in (
             ("datum.state == 'pruned'", "muted", 1, 0.25),
             ("datum.state != 'pruned' && !datum.best", "ribbon", 1.5, 0.6),
@@ -474,8 +525,8 @@ def inside_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         names.append({"label": MEASURES[name], "x": start + width * 0.02, "y": 12.0, "is_title": True})
         bars += [
             {"key": f"{name}{k}", "measure": MEASURES[name], "token": token, "value": value, "number": f"{value:.3f}",
-             "x0": zero, "x1": zero + width * scale * value, "y": 26 + height * (k + 0.5), "y0": 26 + height * (k + 0.25),
-             "y1": 26 + height * (k + 0.75), "right": start + width * 0.92}
+             "x0": zero, "x1": zero + width * scale * value, "y": 26 + height * (k + 0.5),
+             "y0": 26 + height * (k + 0.25), "y1": 26 + height * (k + 0.75), "right": start + width * 0.92}
             for k, (token, value) in enumerate(zip(table["token"], values, strict=True))
         ]  # fmt: skip
     names += [
