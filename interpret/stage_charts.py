@@ -67,11 +67,12 @@ def ribbon_tables(
     ]  # fmt: skip
     tokens = [
         {"key": f"k{k}", "side": "key", "i": k, "label": token, "note": number_text(weights[row, k]), "on": False,
-         "opacity": 1.0, "command": "", **above[k]}
+         "opacity": 1.0, "command": "", "about": f"key {k}: {token}", **above[k]}
         for k, token in enumerate(keys)
     ] + [
         {"key": f"q{q}", "side": "query", "i": q, "label": written or read, "note": f"{read} →" if written else "",
-         "on": q == row, "opacity": 1.0 if q <= last else 0.0, "command": f"row {q}", **below[q]}
+         "on": q == row, "opacity": 1.0 if q <= last else 0.0, "command": f"row {q}",
+         "about": f"row {q}: {row_name((read, written))}", **below[q]}
         for q, (read, written) in enumerate(queries)
     ]  # fmt: skip
     return pd.DataFrame(links, columns=LINK_COLUMNS), pd.DataFrame(tokens)
@@ -154,7 +155,8 @@ def ribbons(links: Table, tokens: Table, width: str = "width") -> alt.LayerChart
     seen = {"opacity": as_is(alt.Opacity, "opacity"), "key": "key:N"}
     box = {"x": x_of("x0"), "x2": "x1:Q", "y": y_of("top"), "y2": "bottom:Q", **seen}
     limit = alt.ExprRef(f"(datum.x1 - datum.x0) * {width} - 4")
-    boxes = placed.mark_rect(cornerRadius=9, style="token", cursor="pointer").encode(**box).add_params(hover)
+    boxes = placed.mark_rect(cornerRadius=9, style="token", cursor="pointer")
+    boxes = boxes.encode(**box, description=alt.Description("about:N")).add_params(hover)
     chosen = placed.transform_filter("datum.on").mark_rect(cornerRadius=9, style="chosen", cursor="pointer")
     labels = placed.mark_text(fontSize=14, fontWeight=600, limit=limit, style="label", tooltip=None)
     notes = placed.mark_text(fontSize=11, limit=limit, style="muted", tooltip=None)
@@ -203,7 +205,7 @@ def candidate_rows(candidates: list[tuple[str, float]], written: str, commands: 
     return pd.DataFrame([
         {"key": rank, "token": token, "probability": math.exp(log_p), "log_p": log_p, "on": token == written,
          "share": f"{math.exp(log_p):.1%}", "left": 0.0, "right": 1.0, "y": CANDIDATE_HEIGHT * rank,
-         "command": commands[rank]}
+         "command": commands[rank], "about": f"candidate {token}: {math.exp(log_p):.4f}"}
         for rank, (token, log_p) in enumerate(candidates)
     ])  # fmt: skip
 
@@ -217,6 +219,7 @@ def candidate_bars(rows: Table) -> alt.LayerChart:
     areas = base.mark_rect(opacity=0, cursor="pointer").encode(
         x=x_of("left"), x2="right:Q", y=y_of("above"), y2="below:Q", key="key:N",
         tooltip=[alt.Tooltip("token:N"), alt.Tooltip("log_p:Q", title="ln p", format=".4f")],
+        description=alt.Description("about:N"),
     )  # fmt: skip
     return alt.layer(
         base.mark_rect(cornerRadius=3, style="token").encode(**{**bar, "x": x_of("right")}),
@@ -311,7 +314,9 @@ def gallery(heads: Table, layers: int) -> alt.LayerChart:
         ),
         base.transform_filter("datum.on").mark_rect(style="frame", cornerRadius=4).encode(**place),
         base.mark_rect(opacity=0, cursor="pointer").encode(
-            **whole, tooltip=[alt.Tooltip("name:N", title="layer.head"), alt.Tooltip("about:N", title="role")]
+            **whole,
+            tooltip=[alt.Tooltip("name:N", title="layer.head"), alt.Tooltip("about:N", title="role")],
+            description=alt.Description("command:N"),
         ),
     ).properties(height=HEAD_HEIGHT * layers)
 
@@ -334,7 +339,7 @@ def cell_rows(
          "number": f"{weights[q, k]:.2f}" if height >= 13 and abs(weights[q, k]) >= 0.005 else "",
          "x0": LABELS + width * k, "x1": LABELS + width * (k + 0.96), "x": LABELS + width * (k + 0.48),
          "y0": HEADER + height * q, "y1": HEADER + height * (q + 0.95), "y": HEADER + height * (q + 0.475),
-         "on": q == row, "command": f"row {q}"}
+         "on": q == row, "command": f"row {q}", "about": f"cell {q} {k}: {weights[q, k]:.4f}"}
         for q in range(Q) for k in range(q + 1 if causal else K)
     ]  # fmt: skip
     size = min(12.5, 0.8 * height)
@@ -378,6 +383,7 @@ def heat_map(cells: Table, labels: Table, diverging: bool = False, width: str = 
                 alt.Tooltip("token:N", title="key (column)"),
                 alt.Tooltip("weight:Q", format=".4f"),
             ],
+            description=alt.Description("about:N"),
         ),
         number.transform_filter(f"!({is_dark})").mark_text(fontSize=10.5, style="low", tooltip=None),
         number.transform_filter(is_dark).mark_text(fontSize=10.5, style="high", tooltip=None),
