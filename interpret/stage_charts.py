@@ -409,7 +409,8 @@ def bar_rows(weights: np.ndarray, keys: list[str]) -> pd.DataFrame:
     rows.append({"key": -1, "position": "", "token": "sum", "weight": 0.0, "number": f"{weights.sum():.4f}"})
     return pd.DataFrame([
         {**row, "y": height * (i + 0.5), "y0": height * (i + 0.2), "y1": height * (i + 0.8), "x0": 0.42,
-         "x1": 0.42 + 0.36 * row["weight"], "left": 0.07, "name": 0.1, "right": 1.0, "size": min(13.0, 0.75 * height)}
+         "x1": 0.42 + 0.36 * row["weight"], "left": 0.07, "name": 0.1, "right": 1.0, "size": min(13.0, 0.75 * height),
+         "about": f"{row['token']}: {row['number']}"}
         for i, row in enumerate(rows)
     ])  # fmt: skip
 
@@ -425,7 +426,9 @@ def row_bars(rows: Table) -> alt.LayerChart:
         ),
         base.mark_text(align="right", style="muted").encode(**place, x=x_of("left"), text="position:N"),
         base.mark_text(align="left", style="label", limit=limit).encode(**place, x=x_of("name"), text="token:N"),
-        base.mark_text(align="right", style="label").encode(**place, x=x_of("right"), text="number:N"),
+        base.mark_text(align="right", style="label").encode(
+            **place, x=x_of("right"), text="number:N", description=alt.Description("about:N")
+        ),
     ).properties(height=MAP_HEIGHT)
 
 

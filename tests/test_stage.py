@@ -29,10 +29,12 @@ from interpret.live import (
 from interpret.stage import MODES, PANELS, Stage
 from interpret.stage_view import LoadedRun, View
 from interpret.theme import LIGHT
-from interpret.trace import KINDS, recorded_pass
+from interpret.trace import KINDS
+from interpret.trace import recorded_pass as pass_with_gradients
 from search import beam_search, greedy_decode, length_normalizer
 from translate import Translator
 
+recorded_pass = torch.inference_mode()(pass_with_gradients)
 SENTENCE = "I can eat an apple."
 SHAPES = dict.fromkeys(KINDS, (2, 4))
 
@@ -276,8 +278,8 @@ def test_the_weights_are_the_softmax_of_the_products(translator, kind):
 
 
 @pytest.mark.slow
-def test_the_contributions_of_all_heads_sum_to_the_output_of_the_block(translator):
-    """With one key the contribution is the norm of what the head adds, so here the decoder's first row is tried."""
+def test_a_contribution_is_the_norm_of_what_the_head_adds(translator):
+    """Tried where there is one key: in the first row of the decoder."""
     scene = translate_scene(translator, SENTENCE)
     block = translator.model.attention_blocks()["decoder"][0]
     added = []
@@ -287,7 +289,7 @@ def test_the_contributions_of_all_heads_sum_to_the_output_of_the_block(translato
     for head in range(block.h):
         table = inside_head(translator, scene, SENTENCE, "decoder", 0, head, 0)
         part = slice(head * block.d_k, (head + 1) * block.d_k)
-        norm = (block.w_o.weight[:, part] @ added[0][part]).norm().item()
+        norm = (block.w_o.weight.detach()[:, part] @ added[0][part]).norm().item()
         assert table["contribution"].tolist() == pytest.approx([norm], abs=1e-4)
 
 
