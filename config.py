@@ -26,8 +26,9 @@ class Config:
     """Train a Transformer for translation, or resume a run. Default: English to Italian on opus_books from the Hugging Face Hub.
 
     A source (datasource, validation_source, test_source) is one of: toy, the embedded corpus; a dataset of the Hub or a
-    local folder in the same layout, with :SPLIT appended for a split other than train; a .tsv, .csv, .jsonl or .parquet
-    file; or the prefix of two aligned text files, so that data/train means data/train.en and data/train.de.
+    local folder in the same layout, with :SPLIT appended for a split other than train; a .tsv, .csv, .jsonl, .parquet,
+    .xlsx or .tmx file; or the prefix of two aligned text files, so that data/train means data/train.en and data/train.de.
+    Text files may be compressed: .tsv.gz, data/train.en.gz.
     """
 
     # fmt: off
@@ -44,6 +45,8 @@ class Config:
     vocab_size: int = 16_000              # maximum vocabulary size
     shared_vocab: bool = True             # one vocabulary for both languages
     seq_len: int = 350                    # maximum sentence length in tokens, including [SOS] and [EOS]; longer pairs are skipped
+    max_length_ratio: float = 0.0         # training pairs whose longer side has more than this many times the characters of the shorter one are removed; 0: off
+    drop_duplicates: bool = False         # remove training pairs that occur before
     batch_tokens: int = 8_192             # maximum number of tokens per batch, padding included (sentences x longest sentence); 0: use batch_size
     batch_size: int = 8                   # sentences per batch if batch_tokens is 0
     num_workers: int = 0                  # data loader worker processes; 0: load in the training process
@@ -53,6 +56,7 @@ class Config:
     decoder_layers: int = 6               # number of decoder blocks
     num_heads: int = 8                    # number of attention heads per block (H)
     d_ff: int = 2_048                     # hidden size of the feed-forward block
+    norm: Literal["pre", "post"] = "pre"  # LayerNorm before each sublayer (Xiong et al., 2020) or after each sum (Vaswani et al., 2017)
     dropout: float = 0.1                  # dropout probability on embeddings and sublayer outputs
     attention_dropout: float = 0.1        # dropout probability on the attention weights
     feed_forward_dropout: float = 0.1     # dropout probability on the hidden layer of the feed-forward block
@@ -62,7 +66,7 @@ class Config:
     max_steps: int = 0                    # maximum number of optimizer steps; 0: no limit
     lr: float = 7e-4                      # peak learning rate
     lr_schedule: Literal["constant", "inverse_sqrt", "cosine"] = "inverse_sqrt"  # learning rate schedule after the warmup
-    warmup_steps: int = 4_000             # steps of linear warmup from 0 to lr
+    warmup_steps: float = 0.1             # steps of linear warmup from 0 to lr; below 1: that share of the steps of the run
     adam_beta2: float = 0.98              # Adam's beta2
     weight_decay: float = 0.0             # weight decay (AdamW), applied to matrices only
     label_smoothing: float = 0.1          # probability mass that label smoothing spreads over the vocabulary; 0: off
@@ -74,7 +78,9 @@ class Config:
     seed: int = 42                        # random seed for the split, the batch order, the initial weights and dropout
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA if available, then Apple's MPS, then CPU
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA GPUs and CPUs with native bf16, except for small models on a CPU; otherwise fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA GPUs and CPUs with native bf16, except for small models on a CPU; fp16 on older GPUs with tensor cores, such as a T4; otherwise fp32
+    init_from: str = ""                   # run whose weights and tokenizers a new run starts from (fine-tuning); its architecture is used; empty: random weights
+    init_weights: str = "best"            # which weights of init_from: best, latest or an epoch number
     preload: str = "latest"               # checkpoint to resume from: latest, none (train from scratch) or an epoch number
     save_every_steps: int = 0             # optimizer steps between checkpoints within an epoch; 0: only at the end of each epoch
     keep_checkpoints: int = 3             # number of latest checkpoints kept besides the best one; 0: all
@@ -91,7 +97,7 @@ class Config:
 
 
 PRESETS: dict[str, dict] = {
-    "opus_books": {"dropout": 0.3, "warmup_steps": 500},  # a fifth of its 2,500 steps
+    "opus_books": {"dropout": 0.3},
     # The tutorial's hyperparameters: two word vocabularies, 8 sentences per batch, Adam with a constant learning rate.
     "tutorial": {
         "tokenizer": "word",
@@ -125,7 +131,7 @@ PRESETS: dict[str, dict] = {
         "num_epochs": 4,
         "lr": 3e-3,
         "lr_schedule": "cosine",
-        "warmup_steps": 100,
+        "warmup_steps": 0.1163,  # 100 of 860
     },
     # Transformer-Tiny of Wu et al., 2021, "Good for Misconceived Reasons", section 4, but pre-norm and with smaller
     # batches, a cosine schedule and an EMA, so that two hours on two CPU cores are enough.
@@ -148,7 +154,7 @@ PRESETS: dict[str, dict] = {
         "num_epochs": 90,
         "lr": 3e-3,
         "lr_schedule": "cosine",
-        "warmup_steps": 1_000,
+        "warmup_steps": 0.0436,  # 1,000 of 22,950
         "ema_decay": 0.999,
         "keep_checkpoints": 10,
         "validation_sentences": 1_014,
@@ -163,6 +169,7 @@ PRESETS: dict[str, dict] = {
         "seq_len": 256,
         "batch_tokens": 25_000,
         "max_steps": 100_000,
+        "warmup_steps": 0.04,  # 4,000, as in the paper
         "save_every_steps": 1_000,
         "validation_sentences": 1_000,
     },
@@ -171,11 +178,18 @@ PRESETS: dict[str, dict] = {
 # Settings of one invocation. They are not in config.json, so that the run can be moved to another machine.
 INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers")
 
-# Settings that determine the shapes of the weights, the split or the batch order: they must not change when a run resumes.
+# Settings that determine the first weights, their shapes, the split or the batch order: they must not change when a run resumes.
 # fmt: off
 FIXED_FIELDS = (
-    "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "batch_tokens", "batch_size",
-    "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "share_embeddings",
+    "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "max_length_ratio", "drop_duplicates",
+    "batch_tokens", "batch_size", "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "norm",
+    "share_embeddings", "init_from", "init_weights",
+)
+
+# Settings that a run that starts from another one (init_from) takes from it.
+INHERITED_FIELDS = (
+    "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "norm",
+    "share_embeddings",
 )
 # fmt: on
 
@@ -249,6 +263,11 @@ def check_values(config: Config) -> None:
         "ema_decay",
     ):
         require(0 <= getattr(config, name) < 1, name, "give a number from 0 (inclusive) to 1 (exclusive)")
+    require(
+        config.max_length_ratio == 0 or 1 <= config.max_length_ratio < math.inf,
+        "max_length_ratio",
+        "give 1 or more, or 0",
+    )
     require(0 < config.validation_fraction < 1, "validation_fraction", "give a number between 0 and 1")
     require(config.seq_len >= 3, "seq_len", "give 3 or more: [SOS], a word, [EOS]")
     require(config.datasource != "", "datasource", "name a source, or use --preset toy")

@@ -58,7 +58,7 @@ def main(
     state = read_weights(Path(weights))
     sizes = architecture(state, Path(weights))
     config = get_config(
-        "tutorial",
+        "tutorial",  # pre-norm
         run_dir=run_dir,
         datasource=UNKNOWN_CORPUS,
         lang_src=lang_src,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -22,7 +23,9 @@ from torch.utils.data import DataLoader
 
 from compute import distributed
 from config import Config, InputError
-from corpora.sources import DATA_VERSION, load_split
+from corpora.cleaning import Removed, clean
+from corpora.files import DATA_VERSION
+from corpora.sources import load_split
 from model import causal_mask
 from runs.checkpoint import write_atomically
 from runs.folder import RunFolder
@@ -33,6 +36,7 @@ MAX_TOKENIZER_PAIRS = 1_000_000  # pairs that a tokenizer is trained on; more wo
 
 SPECIAL_TOKENS = ["[UNK]", "[PAD]", "[SOS]", "[EOS]"]
 UNK, PAD, SOS, EOS = range(4)
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # tokens of a BPE tokenizer for characters not seen in training
 
 # ---------------------------------------------------------------------------- tokenizers
 
@@ -40,13 +44,26 @@ UNK, PAD, SOS, EOS = range(4)
 def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -> Tokenizer:
     """The run's tokenizer for a language: loaded from its folder, or trained on these pairs and saved there.
 
-    In a folder without a checkpoint an existing tokenizer is ignored, because it may belong to another corpus. Raises
-    InputError if the corpus has no word that occurs twice.
+    In a folder without a checkpoint an existing tokenizer is ignored, because it may belong to another corpus. With
+    `init_from`, it is a copy of that run's. Raises InputError if the corpus has no word that occurs twice.
     """
     folder = RunFolder.of(config)
     path = folder.tokenizer_file(lang)
     if path.is_file() and (folder.checkpoints() or not distributed.is_first()):
         return load_tokenizer(path)
+    if config.init_from:
+        tokenizer = load_tokenizer(RunFolder.find(config.init_from).tokenizer_file(lang))
+    else:
+        tokenizer = build_tokenizer(config, pairs, lang)
+    write_atomically(path, tokenizer.to_str(pretty=True))
+    if config.shared_vocab:
+        other = config.lang_tgt if lang == config.lang_src else config.lang_src
+        write_atomically(folder.tokenizer_file(other), tokenizer.to_str(pretty=True))
+    return tokenizer
+
+
+def build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -> Tokenizer:
+    """A tokenizer trained on one side of the pairs, or on both if the vocabulary is shared."""
     side = "src" if lang == config.lang_src else "tgt"
     sides = ["src", "tgt"] if config.shared_vocab else [side]
     texts = (text for batch in sample(pairs) for s in sides for text in batch[s])
@@ -54,10 +71,6 @@ def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -
     tokenizer = build(texts, config.vocab_size)
     if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
         raise InputError(f"no word occurs twice in {config.datasource}; give a larger corpus, or --tokenizer bpe")
-    write_atomically(path, tokenizer.to_str(pretty=True))
-    if config.shared_vocab:
-        other = config.lang_tgt if side == "src" else config.lang_src
-        write_atomically(folder.tokenizer_file(other), tokenizer.to_str(pretty=True))
     return tokenizer
 
 
@@ -100,12 +113,11 @@ def build_word_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def build_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A BPE tokenizer (Sennrich et al., 2016). Unseen characters fall back to bytes, so nothing is [UNK]."""
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", byte_fallback=True))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + bytes_)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + BYTES)
     tokenizer.train_from_iterator(texts, trainer)
     # The trainer accepts the bytes only as special tokens, which decoding would skip.
     state = json.loads(tokenizer.to_str())
@@ -141,7 +153,28 @@ class BPEDropout:
     def ids(self, piece: str) -> list[int]:
         if piece in self.vocab:
             return [self.vocab[piece]]
-        return [self.vocab[f"<0x{byte:02X}>"] for byte in piece.encode()]  # an unseen character
+        return [self.vocab[BYTES[byte]] for byte in piece.encode()]  # an unseen character
+
+
+def is_punctuation(token: str) -> bool:
+    """Whether a token consists of punctuation marks and symbols only."""
+    text = token.strip("▁")
+    return text != "" and token not in SPECIAL_TOKENS and all(unicodedata.category(c)[0] in "PS" for c in text)
+
+
+def word_indices(tokens: list[str], whole_words: bool) -> list[int]:
+    """The index of the word that each token belongs to.
+
+    With `whole_words` every token is a word. Otherwise a word starts at a subword with the prefix ▁; special
+    tokens and punctuation are separate words.
+    """
+    indices, after_standalone = [], True
+    for token in tokens:
+        standalone = token in SPECIAL_TOKENS or is_punctuation(token)
+        starts_word = whole_words or standalone or after_standalone or token.startswith("▁")
+        indices.append((indices[-1] + starts_word) if indices else 0)
+        after_standalone = standalone
+    return indices
 
 
 # ---------------------------------------------------------------------------- token ids and batches
@@ -152,13 +185,16 @@ class BilingualDataset(torch.utils.data.Dataset):
 
     encoder_input (B, S), decoder_input (B, T) and label (B, T), int64;
     encoder_mask (B, 1, 1, S) and decoder_mask (B, 1, T, T), boolean, True = may attend;
+    target_tokens (N,), the N labels that are not padding, and target_positions (N,), their indices in the flattened label;
     src_text and tgt_text, lists of B strings.
 
     Pairs with a blank side or more than `seq_len` tokens are skipped and counted in `skipped_blank` and
     `skipped_long`. With `bpe_dropout`, words are re-segmented every epoch, with random numbers that depend on seed,
     epoch and position; batches are still formed by the lengths without BPE-dropout. Raises InputError if no pairs
-    remain.
+    remain. `removed` counts the pairs that cleaning has removed before.
     """
+
+    removed = Removed()
 
     def __init__(
         self,
@@ -282,6 +318,7 @@ def padding_mask(ids: torch.Tensor) -> torch.Tensor:
 def batch_of(encoder_input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
     """A batch from padded ids, each row [SOS] … [EOS] and padding: encoder_input (B, S) and target (B, T + 1)."""
     label = target[:, 1:]
+    target_positions = (label.flatten() != PAD).nonzero().squeeze(1)  # here because a GPU's host would wait for it
     decoder_input = target[:, :-1].masked_fill(label == PAD, PAD)
     return {
         "encoder_input": encoder_input,
@@ -289,6 +326,8 @@ def batch_of(encoder_input: torch.Tensor, target: torch.Tensor) -> dict[str, tor
         "encoder_mask": padding_mask(encoder_input),
         "decoder_mask": padding_mask(decoder_input) & causal_mask(decoder_input.size(1)),
         "label": label,
+        "target_positions": target_positions,
+        "target_tokens": label.flatten()[target_positions],
     }
 
 
@@ -384,7 +423,8 @@ def get_ds(config: Config) -> tuple[BilingualDataset, BilingualDataset, Tokenize
 def encode_splits(
     config: Config, train_pairs: datasets.Dataset, validation_pairs: datasets.Dataset
 ) -> tuple[BilingualDataset, BilingualDataset, Tokenizer, Tokenizer]:
-    """`get_ds` for pairs that are already loaded. Tokenizers are trained on the training pairs only."""
+    """`get_ds` for pairs that are already loaded. Tokenizers are trained on the training pairs only, after cleaning."""
+    train_pairs, removed = clean(train_pairs, config.max_length_ratio, config.drop_duplicates)
     tokenizer_src = get_or_build_tokenizer(config, train_pairs, config.lang_src)
     if config.shared_vocab:
         tokenizer_tgt = load_tokenizer(RunFolder.of(config).tokenizer_file(config.lang_tgt))
@@ -392,4 +432,5 @@ def encode_splits(
         tokenizer_tgt = get_or_build_tokenizer(config, train_pairs, config.lang_tgt)
     tokenizers = tokenizer_src, tokenizer_tgt
     train = BilingualDataset(train_pairs, *tokenizers, config.seq_len, config.bpe_dropout, config.seed)
+    train.removed = removed
     return train, BilingualDataset(validation_pairs, *tokenizers, config.seq_len), *tokenizers

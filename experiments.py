@@ -24,7 +24,7 @@ from corpora.sources import load_split
 from dataset import EOS, SOS, padding_mask
 from evaluate import score
 from interpret.interventions import UNIFORM_CROSS, VARIANTS, Variant, head_off
-from interpret.page import report_page, save_html
+from interpret.page import save_report
 from interpret.text import step_table_text, variants_text
 from interpret.trace import AttentionTrace, record_trace
 from model import causal_mask
@@ -57,7 +57,7 @@ def step_table(
     probable tokens of each step. Raises InputError for a word that is not in the vocabulary.
     """
     (ids,) = translator.search([translator.encode(sentence)], use_cache=False)
-    logits = step_logits(translator, sentence, ids)
+    logits = step_logits(translator, sentence, ids).cpu()
     chosen, token = [*ids, EOS], translator.tokenizer_tgt.id_to_token
     if words is None:
         top = logits.topk(runners_up + 1).indices.tolist()
@@ -212,7 +212,7 @@ def main(
         trace = record_trace(translator, sentence)
         ids = translator.search([translator.encode(sentence)])[0]
         corrupted = trace_variant(translator, sentence, ids, UNIFORM_CROSS)
-        save_html(report_page(sentence, trace, corrupted, steps, table, importance), html)
+        save_report(html, sentence, trace, corrupted, steps, table, importance)
         print(f"wrote {html} ({Path(html).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
 
 

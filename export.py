@@ -37,7 +37,10 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
     That class takes and returns token strings, and adds [SOS] and [EOS] to the source itself.
     """
     model, config = translator.model, translator.config
-    spec = TransformerSpec.from_config((config.encoder_layers, config.decoder_layers), config.num_heads, pre_norm=True)
+    is_pre_norm = config.norm == "pre"
+    spec = TransformerSpec.from_config(
+        (config.encoder_layers, config.decoder_layers), config.num_heads, pre_norm=is_pre_norm
+    )
     for side, embeddings, positions in (
         (spec.encoder, model.src_embed, model.src_pos),
         (spec.decoder, model.tgt_embed, model.tgt_pos),
@@ -49,8 +52,9 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
         set_encoder_block(block, layer)
     for block, layer in zip(spec.decoder.layer, model.decoder.layers, strict=True):
         set_decoder_block(block, layer)
-    set_norm(spec.encoder.layer_norm, model.encoder.norm)
-    set_norm(spec.decoder.layer_norm, model.decoder.norm)
+    if is_pre_norm:
+        set_norm(spec.encoder.layer_norm, model.encoder.norm)
+        set_norm(spec.decoder.layer_norm, model.decoder.norm)
     set_linear(spec.decoder.projection, model.projection_layer.proj)
     spec.register_source_vocabulary(vocabulary(translator.tokenizer_src))
     spec.register_target_vocabulary(vocabulary(translator.tokenizer_tgt))
@@ -58,7 +62,7 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
     spec.config.bos_token = spec.config.decoder_start_token = SPECIAL_TOKENS[SOS]
     spec.config.eos_token = SPECIAL_TOKENS[EOS]
     spec.config.add_source_bos = spec.config.add_source_eos = True
-    spec.config.layer_norm_epsilon = model.encoder.norm.eps
+    spec.config.layer_norm_epsilon = model.encoder.layers[0].residual_connections[0].norm.eps
     spec.validate()
     spec.optimize(quantization=None if quantization == "float32" else quantization)
     Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,7 @@ def set_decoder_block(block, layer: DecoderBlock) -> None:
 def set_attention(
     spec: attention_spec.MultiHeadAttentionSpec, block: MultiHeadAttentionBlock, norm: nn.LayerNorm, fused: str
 ) -> None:
-    """Copies an attention block and the LayerNorm before it.
+    """Copies an attention block and the LayerNorm of its residual connection.
 
     `fused` names the projections that CTranslate2 stores in one matrix: qkv in self-attention, kv in cross-attention.
     """

@@ -8,8 +8,7 @@
     N  blocks of a stack
 
 Encoder self-attention has Q = K = S, decoder self-attention Q = K = T, cross-attention Q = T and K = S. Modules that
-both stacks use are annotated with T. Masks are boolean, True where a query may attend to a key. Sublayers are pre-norm
-(Xiong et al., 2020, figure 1b), so the encoder and the decoder each end with a LayerNorm.
+both stacks use are annotated with T. Masks are boolean, True where a query may attend to a key.
 """
 
 import math
@@ -155,8 +154,11 @@ class MultiHeadAttentionBlock(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         cache: SelfAttentionCache | CrossAttentionCache | None = None,
+        is_causal: bool = False,
     ) -> Tensor:
         """Attention of q (B, Q, D) over k and v (B, K, D): (B, Q, D). The mask is broadcast to (B, H, Q, K).
+
+        `is_causal` stands for a causal mask, with Q = K; kernels that need no mask are the fastest on a GPU.
 
         In beam search, q is (B W, 1, D): the W hypotheses of a sentence become W queries on its keys.
         """
@@ -166,19 +168,23 @@ class MultiHeadAttentionBlock(nn.Module):
             return self.split_heads(self.w_k(k)), self.split_heads(self.w_v(v))
 
         key, value = cache.update(project) if cache else project()
-        context = self.attend(query, key, value, mask)
+        context = self.attend(query, key, value, mask, is_causal)
         return self.w_o(context.transpose(1, 2).flatten(2)).view_as(q)  # (B, H, Q, d_k) -> (B, Q, D)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, T, D) -> (B, H, T, d_k)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = False
+    ) -> Tensor:
         """softmax(query key^T / sqrt(d_k)) value (equation 1): (B, H, Q, d_k)."""
         self.attention_scores = None
         dropout = self.dropout.p if self.training else 0.0
         scores_are_needed = self.record or self.intervene
         if not scores_are_needed and fused_attention_is_faster(query, dropout, self.training):
-            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal)
+        if is_causal:
+            mask = causal_mask(query.size(2), query.device)
         scores = self.scores(query, key, mask)
         if self.intervene:
             scores = self.intervene(scores)
@@ -209,27 +215,46 @@ class FeedForwardBlock(nn.Module):
 
 
 class ResidualConnection(nn.Module):
-    """x + dropout(sublayer(norm(x))): a pre-norm residual connection."""
+    """A sublayer with its residual path and LayerNorm.
 
-    def __init__(self, d_model: int, dropout: float):
+    `norm` is "pre" (Xiong et al., 2020, figure 1b) or "post" (Vaswani et al., 2017, section 3.1). Pre-norm leaves the
+    sum unnormalized, so each stack then ends with a LayerNorm.
+    """
+
+    def __init__(self, d_model: int, dropout: float, norm: str = "pre"):
         super().__init__()
+        self.is_pre_norm = norm == "pre"
         self.norm = nn.LayerNorm(d_model)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        return x + self.dropout(sublayer(self.norm(x)))
+        if self.is_pre_norm:
+            return x + self.dropout(sublayer(self.norm(x)))
+        return self.norm(x + self.dropout(sublayer(x)))
+
+
+def final_norm(d_model: int, norm: str) -> nn.Module:
+    """The end of a stack: a LayerNorm for pre-norm, nothing for post-norm."""
+    return nn.LayerNorm(d_model) if norm == "pre" else nn.Identity()
 
 
 class EncoderBlock(nn.Module):
     """Self-attention, then feed-forward."""
 
     def __init__(
-        self, d_model: int, h: int, d_ff: int, dropout: float, attention_dropout: float, feed_forward_dropout: float
+        self,
+        d_model: int,
+        h: int,
+        d_ff: int,
+        dropout: float,
+        attention_dropout: float,
+        feed_forward_dropout: float,
+        norm: str = "pre",
     ):
         super().__init__()
         self.self_attention_block = MultiHeadAttentionBlock(d_model, h, attention_dropout)
         self.feed_forward_block = FeedForwardBlock(d_model, d_ff, feed_forward_dropout)
-        self.residual_connections = nn.ModuleList([ResidualConnection(d_model, dropout) for _ in range(2)])
+        self.residual_connections = nn.ModuleList([ResidualConnection(d_model, dropout, norm) for _ in range(2)])
 
     def forward(self, x: Tensor, src_mask: Tensor) -> Tensor:
         x = self.residual_connections[0](x, lambda x: self.self_attention_block(x, x, x, src_mask))
@@ -237,12 +262,12 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """N encoder blocks and a final LayerNorm."""
+    """N encoder blocks, with pre-norm followed by a LayerNorm."""
 
-    def __init__(self, layers: list[EncoderBlock], d_model: int):
+    def __init__(self, layers: list[EncoderBlock], d_model: int, norm: str = "pre"):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = final_norm(d_model, norm)
 
     def forward(self, x: Tensor, src_mask: Tensor) -> Tensor:
         for layer in self.layers:
@@ -254,13 +279,20 @@ class DecoderBlock(nn.Module):
     """Masked self-attention, cross-attention to the encoder output, then feed-forward."""
 
     def __init__(
-        self, d_model: int, h: int, d_ff: int, dropout: float, attention_dropout: float, feed_forward_dropout: float
+        self,
+        d_model: int,
+        h: int,
+        d_ff: int,
+        dropout: float,
+        attention_dropout: float,
+        feed_forward_dropout: float,
+        norm: str = "pre",
     ):
         super().__init__()
         self.self_attention_block = MultiHeadAttentionBlock(d_model, h, attention_dropout)
         self.cross_attention_block = MultiHeadAttentionBlock(d_model, h, attention_dropout)
         self.feed_forward_block = FeedForwardBlock(d_model, d_ff, feed_forward_dropout)
-        self.residual_connections = nn.ModuleList([ResidualConnection(d_model, dropout) for _ in range(3)])
+        self.residual_connections = nn.ModuleList([ResidualConnection(d_model, dropout, norm) for _ in range(3)])
 
     def forward(
         self,
@@ -273,7 +305,8 @@ class DecoderBlock(nn.Module):
         self_cache, cross_cache = cache or (None, None)
 
         def self_attention(x: Tensor) -> Tensor:
-            return self.self_attention_block(x, x, x, tgt_mask, self_cache)
+            is_causal = tgt_mask is None and x.size(1) > 1
+            return self.self_attention_block(x, x, x, tgt_mask, self_cache, is_causal)
 
         def cross_attention(x: Tensor) -> Tensor:
             return self.cross_attention_block(x, encoder_output, encoder_output, src_mask, cross_cache)
@@ -284,12 +317,12 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """N decoder blocks and a final LayerNorm."""
+    """N decoder blocks, with pre-norm followed by a LayerNorm."""
 
-    def __init__(self, layers: list[DecoderBlock], d_model: int):
+    def __init__(self, layers: list[DecoderBlock], d_model: int, norm: str = "pre"):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = final_norm(d_model, norm)
 
     def forward(
         self,
@@ -349,7 +382,9 @@ class Transformer(nn.Module):
         tgt_mask: Tensor | None,
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """The decoder output (B, T, D) for target ids (B, T) and a mask that broadcasts to (B, 1, T, T).
+        """The decoder output (B, T, D) for target ids (B, T) and a mask that broadcasts to (B, 1, T, T); None: causal.
+
+        A causal mask is enough if padding is on the right: no token before it can attend to it.
 
         With `caches` (from `new_caches`), `tgt` holds only the new tokens; a single token needs no mask. In beam search
         it holds the last token of every hypothesis, (B W, 1), with the W hypotheses of a sentence in adjacent rows.
@@ -363,14 +398,14 @@ class Transformer(nn.Module):
         return self.projection_layer(x)
 
     def hidden(
-        self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
+        self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor | None
     ) -> Tensor:
         """The decoder output (B, T, D) with teacher forcing: `forward` without the projection."""
         encoder_output = self.encode(encoder_input, encoder_mask)
         return self.decode(encoder_output, encoder_mask, decoder_input, decoder_mask)
 
     def forward(
-        self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor
+        self, encoder_input: Tensor, decoder_input: Tensor, encoder_mask: Tensor, decoder_mask: Tensor | None
     ) -> Tensor:
         """Logits (B, T, V) with teacher forcing: each position predicts the token that follows it."""
         return self.project(self.hidden(encoder_input, decoder_input, encoder_mask, decoder_mask))
@@ -414,18 +449,19 @@ def build_transformer(
     share_embeddings: str = "none",
     attention_dropout: float | None = None,
     feed_forward_dropout: float | None = None,
+    norm: str = "pre",
 ) -> Transformer:
     """A Transformer with Xavier-uniform initialization of all matrices (Glorot and Bengio, 2010).
 
     The encoder has N blocks, the decoder `decoder_N` (default: N). `dropout` applies to embeddings and sublayer
     outputs, and inside attention and feed-forward blocks unless these have their own. `share_embeddings` (section 3.4):
     "target" ties the target embedding and the projection, "all" also the source embedding, which requires one
-    vocabulary for both languages: raises ValueError if the sizes differ.
+    vocabulary for both languages: raises ValueError if the sizes differ. `norm` is pre or post, see ResidualConnection.
     """
     inner_dropouts = [dropout if p is None else p for p in (attention_dropout, feed_forward_dropout)]
-    encoder = Encoder([EncoderBlock(d_model, h, d_ff, dropout, *inner_dropouts) for _ in range(N)], d_model)
-    decoder_blocks = [DecoderBlock(d_model, h, d_ff, dropout, *inner_dropouts) for _ in range(decoder_N or N)]
-    decoder = Decoder(decoder_blocks, d_model)
+    block = (d_model, h, d_ff, dropout, *inner_dropouts, norm)
+    encoder = Encoder([EncoderBlock(*block) for _ in range(N)], d_model, norm)
+    decoder = Decoder([DecoderBlock(*block) for _ in range(decoder_N or N)], d_model, norm)
     transformer = Transformer(
         encoder,
         decoder,
@@ -465,4 +501,5 @@ def get_model(config: Config, src_vocab_size: int, tgt_vocab_size: int) -> Trans
         attention_dropout=config.attention_dropout,
         feed_forward_dropout=config.feed_forward_dropout,
         share_embeddings=config.share_embeddings,
+        norm=config.norm,
     )

@@ -35,7 +35,8 @@ class StepDecoder(Protocol):
 
 def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
     """Ids of the most probable token at each step until [EOS] or the length limit (B,), without [SOS] and [EOS]."""
-    device, T = max_lengths.device, int(max_lengths.max())
+    device, limits = max_lengths.device, max_lengths.tolist()
+    T = max(limits)
     tokens = torch.full((len(max_lengths), T), EOS, device=device)
     active = torch.arange(len(max_lengths), device=device)  # (B,), rows of `tokens` still being decoded
     ids = torch.full_like(active, SOS)  # (B,)
@@ -49,7 +50,7 @@ def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
                 break
             active, ids, is_done = active[rows], ids[rows], is_done[rows]
             decoder.select(rows, rows)
-    return [until_eos(row[:limit]) for row, limit in zip(tokens.tolist(), max_lengths.tolist(), strict=True)]
+    return [until_eos(row[:limit]) for row, limit in zip(tokens.tolist(), limits, strict=True)]
 
 
 def remaining_rows(is_done: Tensor) -> Tensor | None:
@@ -93,10 +94,18 @@ class Finished(NamedTuple):
         log_p = torch.cat([self.log_p, other.log_p], 1).gather(1, best)
         return Finished(score, log_p, gather_tokens(torch.cat([self.tokens, other.tokens], 1), best))
 
-    def hypotheses(self, sentence: int, n_best: int) -> list[Hypothesis]:
-        columns = (x[sentence, :n_best].tolist() for x in (self.tokens, self.log_p, self.score))
-        rows = zip(*columns, strict=True)
-        return [Hypothesis(until_eos(ids), log_p, score) for ids, log_p, score in rows if score > -math.inf]
+    def write(self, rows: Tensor, other: "Finished") -> None:
+        """Replaces these rows (indices) by those of `other`."""
+        for own, new in zip(self, other, strict=True):
+            own[rows] = new
+
+    def hypotheses(self, n_best: int) -> list[list[Hypothesis]]:
+        """The `n_best` of each sentence."""
+        sentences = zip(*(x[:, :n_best].tolist() for x in (self.tokens, self.log_p, self.score)), strict=True)
+        return [
+            [Hypothesis(until_eos(ids), log_p, score) for ids, log_p, score in zip(*rows) if score > -math.inf]
+            for rows in sentences
+        ]
 
 
 @dataclass
@@ -112,8 +121,8 @@ class BeamState:
     is_done: Tensor  # (B,) whether no unfinished hypothesis can still enter the n best
 
     @classmethod
-    def start(cls, max_lengths: Tensor, beam_size: int) -> "BeamState":
-        B, W, T, device = len(max_lengths), beam_size, int(max_lengths.max()), max_lengths.device
+    def start(cls, max_lengths: Tensor, beam_size: int, T: int) -> "BeamState":
+        B, W, device = len(max_lengths), beam_size, max_lengths.device
         log_p = torch.full((B, W), -math.inf, device=device)
         tokens = torch.full((B, W, T), EOS, device=device)
         finished = Finished(log_p.clone(), log_p.clone(), tokens.clone())
@@ -163,8 +172,8 @@ def beam_search(
     [EOS], as greedy search does. `watch` is called after each step, with the sentences still in the batch.
     """
     W, T = beam_size, int(max_lengths.max())
-    results: list[list[Hypothesis]] = [[] for _ in max_lengths]
-    state = BeamState.start(max_lengths, W)
+    state = BeamState.start(max_lengths, W, T)
+    results = Finished(*(x.clone() for x in state.finished))  # of all sentences, read only at the end
     for t in range(T):
         # Extend every hypothesis by its 2 W most probable tokens. Of the 2 W best extensions, at most W end with [EOS].
         log_p = decoder.step(state.ids.flatten()).float().log_softmax(-1)  # (B W, V)
@@ -196,13 +205,12 @@ def beam_search(
         is_check = (t + 1) % CHECK_EVERY == 0 or t + 1 == T
         remaining = remaining_rows(state.is_done) if is_check else None
         if remaining is not None:
-            for done in state.is_done.nonzero().squeeze(1).tolist():
-                results[state.sentence[done]] = state.finished.hypotheses(done, n_best)
+            results.write(state.sentence, state.finished)
             if len(remaining) == 0:
                 break
             state, rows = state.select(remaining), rows[remaining]
         decoder.select(rows.flatten(), remaining)
-    return results
+    return results.hypotheses(n_best)
 
 
 def cannot_improve(nth_best: Tensor, bound: Tensor) -> Tensor:

@@ -12,34 +12,37 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer
 from torch import nn
-from tqdm import tqdm
 
 from compute import distributed
 from compute.device import (
+    allow_tf32,
     choose_precision,
     device_name,
+    explained_out_of_memory,
     get_device,
     keep_freed_memory,
     peak_memory,
     runs_asynchronously,
 )
-from config import PRESETS, Config, InputError, counted, get_config, parse, run_command
+from config import INHERITED_FIELDS, PRESETS, Config, InputError, counted, get_config, parse, run_command
 from corpora.sources import count_shared, load_split
 from dataset import Batches, BilingualDataset, encode_splits, make_loader
 from evaluate import format_scores, score
 from runs import mirror
 from runs.folder import RunFolder, merits
-from training.log import StepReport, TrainingLog
+from training.estimate import estimated_memory, estimated_seconds
+from training.initial import start_from
+from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars
 from training.losses import LossInputs, TrainingLoss, count_target_tokens
 from training.resume import ResumePoint, check_same_data, find_resume_point
 from training.signals import StopSignal
@@ -49,16 +52,28 @@ from translate import Translator
 LOG_EVERY = 10  # optimizer steps per point of the training curves
 
 
+def count_warmup_steps(config: Config, total_steps: int) -> int:
+    """The number of warmup steps: `warmup_steps`, or that share of the whole run if it is below 1."""
+    return int(config.warmup_steps * total_steps if config.warmup_steps < 1 else config.warmup_steps)
+
+
 def learning_rate(step: int, config: Config, total_steps: int) -> float:
     """The learning rate of a step, counted from 0: linear warmup, then the schedule of the config."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    warmup_steps = count_warmup_steps(config, total_steps)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
     if config.lr_schedule == "inverse_sqrt":  # Vaswani et al., section 5.3, scaled to peak at lr
-        return config.lr * math.sqrt(max(1, config.warmup_steps) / (step + 1))
+        return config.lr * math.sqrt(max(1, warmup_steps) / (step + 1))
     if config.lr_schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr
+
+
+def peak_learning_rate(config: Config, total_steps: int) -> tuple[int, float]:
+    """The step of the highest learning rate, counted from 1, and that rate."""
+    step = min(max(1, count_warmup_steps(config, total_steps)), total_steps)
+    return step, learning_rate(step - 1, config, total_steps)
 
 
 # ---------------------------------------------------------------------------- one optimizer step
@@ -102,7 +117,8 @@ def train_step(
 ) -> StepReport:
     """One optimizer step on these batches and those of the other processes.
 
-    If the loss or the gradient norm is not finite, the weights are not updated; `TrainingLog.check_finite` reports it.
+    If the loss or the gradient norm is not finite, the weights are not updated; `TrainingLog.check_finite` reports it,
+    unless it is an overflow in fp16, which the scaler corrects.
     """
     own_tokens = 0 if step.is_dummy else sum(map(count_target_tokens, step.batches))
     tokens = distributed.sum_over_processes(own_tokens)
@@ -113,9 +129,10 @@ def train_step(
             batch_loss = loss_module(LossInputs.of(batch, state.device))
             # Every token of the step has the same weight; DistributedDataParallel averages gradients over processes.
             batch_loss = batch_loss * ((not step.is_dummy) * distributed.world_size() / tokens)
-            batch_loss.backward()
+            state.scaler.scale(batch_loss).backward()
         loss += batch_loss.detach()
 
+    state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if config.clip_norm:
@@ -128,20 +145,17 @@ def train_step(
         state.optimizer.step()
     elif is_finite:
         state.optimizer.step()
+    state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     if config.ema_decay:
         state.update_ema(config.ema_decay)
     return StepReport(loss, norm, tokens, step.batches[0]["src_text"][0])
 
 
-@contextlib.contextmanager
-def explained_out_of_memory(batches: list[dict]) -> Iterator[None]:
-    """Turns a GPU's out-of-memory error into an InputError with the sizes of these batches."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        sizes = " and ".join(f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in batches)
-        raise InputError(f"out of memory in a batch of {sizes}; lower --batch-tokens or --seq-len") from None
+def within_memory(*batches: dict) -> contextlib.AbstractContextManager:
+    """Context in which a GPU's out-of-memory error becomes an InputError with the sizes of these batches."""
+    sizes = (f"{len(b['label'])} sentences of {b['label'].size(1)} tokens" for b in batches)
+    return explained_out_of_memory(" and ".join(sizes), "lower --batch-tokens or --seq-len")
 
 
 # ---------------------------------------------------------------------------- validation
@@ -152,11 +166,12 @@ def validation_loss(model: nn.Module, validation: BilingualDataset, config: Conf
     """Cross-entropy of the whole validation set in nats per target token, without label smoothing."""
     loss_module = TrainingLoss(model, label_smoothing=0.0, precision=precision)
     device = next(model.parameters()).device
-    loss, tokens = 0.0, 0
-    for batch in make_loader(validation, Batches(validation, config, epoch=None)):
-        loss += loss_module(LossInputs.of(batch, device)).item()
+    losses, tokens = [], 0  # losses stay on the device until the end, so that the host does not wait for each
+    for batch in make_loader(validation, Batches(validation, config, epoch=None), pin_memory=device.type == "cuda"):
+        with within_memory(batch):
+            losses.append(loss_module(LossInputs.of(batch, device)))
         tokens += count_target_tokens(batch)
-    return loss / tokens
+    return sum(torch.stack(losses).tolist()) / tokens
 
 
 def run_validation(
@@ -173,15 +188,15 @@ def run_validation(
     if count:
         rows = validation.encoded[np.linspace(0, len(validation) - 1, count).astype(int).tolist()]
         sources, references = rows["src"].to_pylist(), rows["tgt"].to_pylist()
-        predicted = translator.translate(sources, show_progress=True)
+        predicted = translator.translate(sources, show_progress=shows_bars())
         scores |= score(predicted, references)
         line += f"   {format_scores({k: v for k, v in scores.items() if k != 'loss'})} of {counted(count, 'sentence')}"
         examples = list(zip(sources, references, predicted, strict=True))[: config.validation_examples]
         for source, reference, prediction in examples:
-            tqdm.write(f"    source  {source}\n    target  {reference}\n predicted  {prediction}\n")
+            print_line(f"    source  {source}\n    target  {reference}\n predicted  {prediction}\n")
         text = "\n\n".join(f"**source** {s}  \n**target** {r}  \n**predicted** {p}" for s, r, p in examples)
         log.add_text("validation/samples", text, step)
-    tqdm.write(line)
+    print_line(line)
     log.add_scalars("validation", scores, step)
     return scores
 
@@ -262,8 +277,11 @@ def warn(line: str) -> None:
 
 def count_steps(config: Config, train: BilingualDataset) -> int:
     """Number of optimizer steps of the whole run."""
-    batches_per_step = config.accumulation_steps * distributed.world_size()
-    steps = math.ceil(len(Batches(train, config, epoch=0)) / batches_per_step) * config.num_epochs
+    return planned_steps(config, len(Batches(train, config, epoch=0)))
+
+
+def planned_steps(config: Config, batches_per_epoch: int) -> int:
+    steps = math.ceil(batches_per_epoch / (config.accumulation_steps * distributed.world_size())) * config.num_epochs
     return min(steps, config.max_steps or steps)
 
 
@@ -278,23 +296,39 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
     validation_source = config.validation_source or "held out"
     print(f"             {len(train):,} training pairs, {len(validation):,} validation pairs ({validation_source})")
+    if any(train.removed):
+        duplicates, length_ratio = train.removed
+        print(f"             removed in training: {duplicates:,} duplicates (--drop-duplicates),", end=" ")
+        print(f"{length_ratio:,} pairs by --max-length-ratio")
     for part, data in (("training", train), ("validation", validation)):
         if data.skipped_blank or data.skipped_long:
             print(f"             skipped in {part}: {data.skipped_blank:,} pairs with a blank side,", end=" ")
             print(f"{data.skipped_long:,} with more than {config.seq_len} tokens (--seq-len)")
     print(f"model        {parameters:,} parameters, vocabulary of {sizes[0]:,} source and {sizes[1]:,} target tokens")
-    steps = count_steps(config, train)
-    print(f"training     {counted(steps, 'step')}, up to {counted(config.num_epochs, 'epoch')}")
-    if config.keep_checkpoints:
-        checkpoints = counted(config.keep_checkpoints, "checkpoint")
-        print(f"             keeping the best and the last {checkpoints} (--keep-checkpoints)")
-    if config.warmup_steps >= steps:
-        warmup = counted(config.warmup_steps, "step")
-        warn(f"the warmup ({warmup}) never ends, so the learning rate stays below --lr; lower --warmup-steps")
     preset = PRESETS[config.preset]
     if config.validation_source == preset.get("validation_source") and config.datasource != preset["datasource"]:
         warn(f"validation pairs are those of the preset, {config.validation_source}; give --validation-source FILE,")
         warn(f"or --validation-source '' to hold out a part of {config.datasource}")
+
+
+def describe_plan(config: Config, total_steps: int, prepared: Prepared, model: nn.Module, precision: str) -> None:
+    """Prints the number of steps, the peak of the learning rate, and estimates of memory and, for known GPUs, time."""
+    device, train, *_ = prepared
+    step, peak = peak_learning_rate(config, total_steps)
+    memory = estimated_memory(config, model, device.type, precision)
+    mean_length = max(lengths.mean() for lengths in train.lengths())
+    seconds = estimated_seconds(config, model, total_steps, mean_length, device_name(device), precision)
+    print(f"training     {counted(total_steps, 'step')}, up to {counted(config.num_epochs, 'epoch')}")
+    print(f"             peak of the learning rate: {peak:.1e}, in step {step:,}")
+    print(f"             about {memory / 1e9:.2g} GB of memory" + (f", {duration(seconds)}" if seconds else ""))
+    if config.keep_checkpoints:
+        checkpoints = counted(config.keep_checkpoints, "checkpoint")
+        print(f"             keeping the best and the last {checkpoints} (--keep-checkpoints)")
+    if (warmup_steps := count_warmup_steps(config, total_steps)) >= total_steps:
+        warn(
+            f"the warmup ({counted(warmup_steps, 'step')}) never ends, so the learning rate stays below --lr; "
+            "give a share of the run, such as --warmup-steps 0.1"
+        )
 
 
 def is_finished(progress: Progress, config: Config) -> bool:
@@ -357,12 +391,6 @@ def update_mirror(config: Config, folder: RunFolder, log: TrainingLog) -> None:
         mirror.update(RunFolder(config.mirror_dir), folder)
 
 
-def print_line(line: str) -> None:
-    """Prints a line above the progress bar, in the first process."""
-    if distributed.is_first():
-        tqdm.write(line)
-
-
 # ---------------------------------------------------------------------------- a whole run
 
 
@@ -377,19 +405,23 @@ def train_model(config: Config) -> TrainingState:
         # Prepare: the first process encodes the corpus, the others then load it from the cache
         prepared = distributed.first_then_others(lambda: prepare(config, folder, resources))
         device, train, validation, *tokenizers, resume_point = prepared
+        allow_tf32(device)
         state = TrainingState.create(config, *(t.get_vocab_size() for t in tokenizers), device)
         precision = choose_precision(config.precision, device, state.model)
         total_steps = count_steps(config, train)
         if distributed.is_first():
             describe(config, folder, prepared, state.model, precision)
+            describe_plan(config, total_steps, prepared, state.model, precision)
 
-        # Resume
+        # Resume, or start from another run
         if resume_point.state:
             resume(config, folder, state, resume_point)
+        elif resume_point.initial:
+            start_from(resume_point.initial, state, train)
         del prepared, resume_point  # frees the loaded checkpoint
         if distributed.is_first():
             folder.save_config(config)
-        log = TrainingLog(folder, state.progress.step)
+        log = TrainingLog(folder, state.progress.step, state.scaler)
         resources.callback(log.close)
         translator = Translator(state.evaluated_model, config, *tokenizers)
         if state.progress.step and state.progress.batch == 0:  # perhaps killed between saving and validating
@@ -399,33 +431,33 @@ def train_model(config: Config) -> TrainingState:
         loss_module = TrainingLoss(state.model.train(), config.label_smoothing, config.rdrop_alpha, precision)
         loss_module = distributed.averaging_gradients(loss_module, device)
         start_step, start_time = state.progress.step, time.perf_counter()
-        with StopSignal() as stop:
+        with StopSignal() as stop, ProgressBar(state.progress, total_steps) as bar:
             while not (stop.received() or is_finished(state.progress, config) or out_of_patience(config, folder)):
                 # One epoch, or the rest of it
                 progress = state.progress
                 train.begin_epoch(progress.epoch)
                 batches = Batches(train, config, progress.epoch)
-                with epoch_bar(progress, len(batches)) as bar:
-                    for step in optimizer_steps(train, batches, config, progress.batch, device):
-                        # One step
-                        rate = learning_rate(progress.step, config, total_steps)
-                        with explained_out_of_memory(step.batches):
-                            log.add(progress.step, train_step(state, loss_module, step, rate, config))
-                        progress.step, progress.batch = progress.step + 1, progress.batch + step.consumed
-                        bar.update(step.consumed)
+                for step in optimizer_steps(train, batches, config, progress.batch, device):
+                    # One step
+                    rate = learning_rate(progress.step, config, total_steps)
+                    with within_memory(*step.batches):
+                        log.add(progress.step, train_step(state, loss_module, step, rate, config))
+                    progress.step, progress.batch = progress.step + 1, progress.batch + step.consumed
+                    bar.update(progress)
 
-                        # Log
-                        is_log_step = progress.step % LOG_EVERY == 0 or progress.batch == len(batches)
-                        if is_log_step or not runs_asynchronously(device):
-                            log.check_finite()
-                        if is_log_step:
-                            bar.set_postfix_str(log.write(progress.step, rate))
+                    # Log
+                    is_end_of_epoch = progress.batch == len(batches)
+                    is_log_step = progress.step % LOG_EVERY == 0 or is_end_of_epoch
+                    if is_log_step or not runs_asynchronously(device):
+                        log.check_finite()
+                    if is_log_step:
+                        bar.report(progress, log.write(progress.step, rate), is_end_of_epoch)
 
-                        # Stop, or save within the epoch
-                        if stop.received() or is_finished(progress, config):
-                            break
-                        if config.save_every_steps and progress.step % config.save_every_steps == 0:
-                            save(config, folder, state, train, log)
+                    # Stop, or save within the epoch
+                    if stop.received() or is_finished(progress, config):
+                        break
+                    if config.save_every_steps and progress.step % config.save_every_steps == 0:
+                        save(config, folder, state, train, log)
 
                 # Save
                 if progress.batch == len(batches):
@@ -443,17 +475,6 @@ def train_model(config: Config) -> TrainingState:
         state.model.eval()
         del loss_module  # DistributedDataParallel must be deleted before the process group is
     return state
-
-
-def epoch_bar(progress: Progress, batches: int) -> tqdm:
-    return tqdm(
-        total=batches,
-        initial=progress.batch,
-        unit="batch",
-        desc=f"Epoch {progress.epoch:02d}",
-        dynamic_ncols=True,
-        disable=not distributed.is_first(),
-    )
 
 
 def report_end(config: Config, folder: RunFolder, state: TrainingState, start_step: int, seconds: float) -> None:
@@ -480,21 +501,31 @@ def trained_run(run_dir: str, preset: str = "toy", **overrides) -> str:
 
 
 def parse_config(argv: list[str]) -> Config:
-    """The config of a command line: that of a preset, or of the run in --run-dir, overridden by the other flags."""
+    """The config of a command line: that of a preset, or of the run in --run-dir, overridden by the other flags.
+
+    With --init-from, a new run takes INHERITED_FIELDS from that run.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?")
     parser.add_argument("--run-dir", "--run_dir", nargs="?", default="")
+    parser.add_argument("--init-from", "--init_from", nargs="?", default="")
     given, _ = parser.parse_known_args(argv)
     folder = RunFolder(given.run_dir or "")
     if given.preset is None and given.run_dir and folder.config_file.is_file():
         default = folder.load_config()
     else:
         default = get_config(given.preset or "opus_books")
+    if given.init_from:  # which is no longer needed once the run has a checkpoint
+        has_started = given.run_dir and folder.checkpoints()
+        other = (folder if has_started else RunFolder.find(given.init_from)).load_config()
+        default = replace(default, **{name: getattr(other, name) for name in INHERITED_FIELDS})
     return parse(Config, argv, default=default)
 
 
 def main(argv: list[str]) -> None:
     config = parse_config(argv)
+    if not shows_bars():
+        disable_progress_bars()
     state = train_model(config)
     folder = RunFolder.of(config)
     if state.stop_signal:

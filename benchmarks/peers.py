@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from compute.device import choose_precision, keep_freed_memory
-from compute.ops import use_bf16_products
+from compute.ops import use_low_precision_products
 from config import Config
 from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, padding_mask
 from model import MultiHeadAttentionBlock, Transformer, build_transformer, causal_mask
@@ -104,7 +104,7 @@ class ThisProject:
         forbid_eos(self.model.eval())
         precision = choose_precision(self.precision, self.state.device, self.model)
         if precision == "bf16":
-            use_bf16_products(self.model)
+            use_low_precision_products(self.model)
         return precision
 
     def decode(self, source: Tensor, lengths: Tensor, beam_size: int) -> list[list[int]]:

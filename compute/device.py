@@ -1,7 +1,9 @@
 """Choice of device and precision; memory management."""
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from config import InputError, counted
 # the time with the base model (49 million parameters), 0.64 with the Multi30k model (2.6 million) and 0.75 with the toy
 # model (0.8 million), which stays in fp32 so that its runs do not depend on the CPU (benchmarks/README.md).
 BF16_MIN_PARAMETERS = 2_000_000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def get_device(name: str = "auto") -> torch.device:
@@ -26,6 +29,9 @@ def get_device(name: str = "auto") -> torch.device:
         raise InputError(f"no device {name!r}; choose one of auto, {', '.join(available)}")
     if not available[name]:
         raise InputError(f"no {name} device on this machine; use --device auto")
+    if name == "cuda":
+        # cuDNN's attention prepares itself for every new shape, and its gradient is NaN for some masks (PyTorch 2.13).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 
@@ -45,16 +51,18 @@ def runs_asynchronously(device: torch.device) -> bool:
 
 
 def choose_precision(requested: str, device: torch.device, model: nn.Module) -> str:
-    """fp32 or bf16. `auto` is bf16 if the device supports it natively and, on a CPU, the model is large enough.
+    """fp32, bf16 or fp16. `auto` is bf16 if the device supports it natively and, on a CPU, the model is large enough.
 
-    Apple GPUs get fp32. Raises InputError for an unknown precision.
+    GPUs with fp16 but not bf16 tensor cores (compute capability 7, such as a T4) get fp16, Apple GPUs fp32. Raises
+    InputError for an unknown precision.
     """
-    if requested not in ("auto", "fp32", "bf16"):
-        raise InputError(f"no precision {requested!r}; choose one of auto, fp32, bf16")
+    if requested not in ("auto", *DTYPES):
+        raise InputError(f"no precision {requested!r}; choose one of auto, {', '.join(DTYPES)}")
     if requested != "auto":
         return requested
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+        capability, _ = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= 8 else "fp16" if capability == 7 else "fp32"
     is_large = sum(p.numel() for p in model.parameters()) >= BF16_MIN_PARAMETERS
     return "bf16" if device.type == "cpu" and is_large and cpu_supports_bf16() else "fp32"
 
@@ -66,8 +74,36 @@ def cpu_supports_bf16() -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context in which matrix multiplications run in bf16 if `precision` is "bf16"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """A context in which matrix multiplications run in bf16 or fp16 if that is the precision."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def allow_tf32(device: torch.device) -> None:
+    """On a GPU, makes fp32 matrix multiplications use tensor cores, which read 10 of the 23 bits of the mantissa."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+class LossScaler(torch.amp.GradScaler):
+    """In fp16, scales the loss so that small gradients do not underflow (Micikevicius et al., 2018, section 3.2).
+
+    A step with an overflow halves the scale; 2,000 steps without one double it. In other precisions it does nothing.
+    """
+
+    MIN_SCALE = 1.0  # gradients that overflow at this scale are too large in themselves
+
+    def __init__(self, device: torch.device, precision: str):
+        super().__init__(device.type, enabled=precision == "fp16")
+        self.skipped_steps = 0  # because of an overflow
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "skipped_steps": self.skipped_steps} if self.is_enabled() else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores a saved state; that of another precision is empty and has no effect."""
+        if self.is_enabled() and state:
+            super().load_state_dict(state)
+            self.skipped_steps = state["skipped_steps"]
 
 
 # ---------------------------------------------------------------------------- memory
@@ -84,6 +120,15 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         if mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 1 << 25):  # older versions allow 32 MiB at most
             mallopt(trim_threshold, 1 << 30)
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(batch: str, remedy: str) -> Iterator[None]:
+    """Turns a GPU's out-of-memory error into an InputError that describes the batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError(f"out of memory in a batch of {batch}; {remedy}") from None
 
 
 def peak_memory(device: torch.device) -> int:

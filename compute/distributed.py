@@ -19,6 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import InputError
 
+# Other processes wait while the first one prepares the data or validates, but not in the exchange of gradients.
+TIMEOUT, GRADIENT_TIMEOUT = timedelta(hours=12), timedelta(minutes=10)
+
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 
@@ -57,7 +60,7 @@ def process_group() -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=12))  # the others wait while the first validates
+    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield
         dist.barrier()  # a process that leaves early would close connections that others still use
@@ -96,7 +99,11 @@ def averaging_gradients(module: nn.Module, device: torch.device) -> nn.Module:
     """The module, wrapped in DistributedDataParallel if there are several processes."""
     if world_size() == 1:
         return module
-    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    options = {"broadcast_buffers": False}  # the positional encodings never change
+    if device.type == "cuda":
+        broadcast(None)  # waits for the first process, which may still be validating
+        options |= {"device_ids": [device.index], "process_group": dist.new_group(timeout=GRADIENT_TIMEOUT)}
+    return DistributedDataParallel(module, **options)
 
 
 def without_averaging(module: nn.Module) -> contextlib.AbstractContextManager:

@@ -65,10 +65,11 @@ class _FusedLoss(torch.autograd.Function):
             log_denominator = logits.amax(1).to(sum_type) - p.amax(1).to(sum_type).log()  # (n,)
             at_label = torch.arange(len(x_), device=x.device), label_
             log_z += log_denominator.sum()
-            log_p_label += (logits[at_label].to(sum_type) - log_denominator).sum()
+            log_p = logits[at_label].to(sum_type) - log_denominator  # (n,)
+            log_p_label += log_p.sum()
             if needs_gradients:  # softmax - target, without the uniform part of the target
                 gradient = p
-                gradient[at_label] -= 1 - smoothing
+                gradient[at_label] = (log_p.exp() - (1 - smoothing)).to(dtype)  # 1 - smoothing in bf16 would be biased
                 dx.append(gradient @ w)
                 dweight += gradient.T @ x_
                 dbias += gradient.sum(0)
@@ -116,32 +117,32 @@ def fast_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices.gather(1, positions)
 
 
-# ---------------------------------------------------------------------------- linear layers in bf16
+# ---------------------------------------------------------------------------- linear layers in bf16 or fp16
 
 
-class BF16Linear(nn.Module):
-    """An `nn.Linear` that computes in bf16, for inference: weights are cast once, inputs and outputs in each call.
+class LowPrecisionLinear(nn.Module):
+    """An `nn.Linear` that computes in bf16 or fp16, for inference: weights are cast once, inputs and outputs in each call.
 
     `torch.autocast` gives the same numbers, but casts the weights in every call.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
+        self.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
         self.bias = None
         if linear.bias is not None:
-            self.bias = nn.Parameter(linear.bias.detach().bfloat16(), requires_grad=False)
+            self.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.bfloat16(), self.weight, self.bias).to(x.dtype)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
-def use_bf16_products(model: nn.Module) -> None:
-    """Replaces every nn.Linear with a BF16Linear; attention, norms and the residual stream keep their dtype."""
+def use_low_precision_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replaces every nn.Linear with a LowPrecisionLinear; attention, norms and the residual stream keep their dtype."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, BF16Linear(child))
+                setattr(module, name, LowPrecisionLinear(child, dtype))
 
 
 # ---------------------------------------------------------------------------- dropout

@@ -1,13 +1,9 @@
 """Loads sentence pairs from any supported source, and splits them into training and validation.
 
-`load_pairs` loads one source: the toy corpus, a local file, two aligned text files, or a Hub dataset. `load_split`
-chooses the source for training, validation or test, and splits it where needed.
+`load_pairs` loads one source: the toy corpus, local files (corpora/files.py), or a Hub dataset. `load_split` chooses
+the source for training, validation or test, and splits it where needed.
 """
 
-import csv
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,16 +11,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 
 from config import Config, InputError
+from corpora.files import FORMATS, format_of, load_aligned, load_file, text_file, text_of
 from corpora.toy import LANGUAGES, SPLIT_SIZES, toy_pairs
 
-DATA_VERSION = 1  # increment when reading or encoding changes: the cache of `datasets` does not detect code changes
-LOCAL_SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
-PARQUET_ROWS = 1_000  # rows read at a time
 HUB_TIMEOUT = 10  # seconds
 MAX_VALIDATION_PAIRS = 10_000  # maximum number of pairs split off for validation
 VALIDATION_BLOCKS = 100  # number of blocks of consecutive pairs in the validation set of a large corpus
@@ -36,17 +29,21 @@ def load_pairs(source: str, config: Config) -> datasets.Dataset:
 
     Raises InputError if the source does not exist or cannot be read.
     """
+    if format_of(source) in FORMATS:
+        return load_file(Path(source), config)
     name, _, split = source.partition(":")
     if not name:
         raise InputError(f"the source {source!r} has no name; give one such as wmt/wmt14:validation")
     if name == "toy":
         return load_toy(split or "train", config)
-    if name.endswith(LOCAL_SUFFIXES):
-        return load_file(Path(source), config)
-    if any(Path(f"{source}.{lang}").exists() for lang in (config.lang_src, config.lang_tgt)):
+    languages = (config.lang_src, config.lang_tgt)
+    if any(text_file(source, lang).exists() for lang in languages):
         return load_aligned(source, config)
-    if Path(source).is_file() and source.endswith((f".{config.lang_src}", f".{config.lang_tgt}")):
-        raise InputError(f"{source} is one of two text files; give their common prefix, {Path(source).with_suffix('')}")
+    if Path(source).is_file():
+        prefix, _, lang = source.removesuffix(".gz").rpartition(".")
+        if lang in languages:
+            raise InputError(f"{source} is one of two text files; give their common prefix, {prefix}")
+        raise InputError(f"{source} has another format; give one of {', '.join(FORMATS)}, or two text files")
     is_path = source.startswith((".", "/", "~")) or (Path(name).parent.is_dir() and "/" in name)
     if is_path and not Path(name).is_dir():
         raise InputError(
@@ -67,145 +64,6 @@ def load_toy(split: str, config: Config) -> datasets.Dataset:
         raise InputError(f"the toy corpus has no split {split!r}; it has {', '.join(SPLIT_SIZES)}")
     pairs = toy_pairs(config.lang_src, config.lang_tgt, split)
     return datasets.Dataset.from_dict({"src": [p.src_text for p in pairs], "tgt": [p.tgt_text for p in pairs]})
-
-
-# ---------------------------------------------------------------------------- local files
-
-
-def load_file(path: Path, config: Config) -> datasets.Dataset:
-    """The pairs of a .tsv, .csv, .jsonl or .parquet file."""
-    if not path.is_file():
-        raise InputError(f"no file {path}; give the path of a corpus, or --datasource toy")
-    return load_cached(read_rows, [path], config)
-
-
-def load_aligned(prefix: str, config: Config) -> datasets.Dataset:
-    """The pairs of two text files with one sentence per line, such as PREFIX.en and PREFIX.it."""
-    paths = [Path(f"{prefix}.{lang}") for lang in (config.lang_src, config.lang_tgt)]
-    check_aligned(paths)
-    return load_cached(read_aligned, paths, config)
-
-
-def check_aligned(paths: list[Path]) -> None:
-    """Raises InputError unless both text files exist and have the same number of lines."""
-    for path in paths:
-        if not path.is_file():
-            raise InputError(
-                f"no file {path}; line n of {paths[0]} and line n of {paths[1]} must be translations of each other"
-            )
-    counts = [sum(1 for _ in path.open("rb")) for path in paths]
-    if counts[0] != counts[1]:
-        raise InputError(
-            f"{paths[0]} has {counts[0]:,} lines and {paths[1]} has {counts[1]:,}; "
-            "line n of both must be translations of each other"
-        )
-
-
-def load_cached(read: Callable[..., Iterator[dict]], paths: list[Path], config: Config) -> datasets.Dataset:
-    """Streams the pairs that `read` yields into an Arrow file in the cache of `datasets`.
-
-    A file is read again only if its path, size or modification time has changed.
-    """
-    # A tuple, because `datasets` treats a list as shards.
-    files = tuple((os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
-    arguments = {"files": files, "languages": (config.lang_src, config.lang_tgt), "version": DATA_VERSION}
-    features = datasets.Features({"src": datasets.Value("string"), "tgt": datasets.Value("string")})
-    try:
-        return datasets.Dataset.from_generator(read, features=features, gen_kwargs=arguments)
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        raise InputError(f"{paths[0]} cannot be read ({error.__cause__}); fix or convert the file") from None
-    except ValueError as error:
-        if "no data" in str(error):  # raised by `datasets` if the generator yields nothing
-            raise InputError(f"{paths[0]} contains no pairs; give a file with sentences") from None
-        raise
-
-
-def read_aligned(files: tuple[tuple, ...], languages: tuple[str, str], version: int) -> Iterator[dict]:
-    for src, tgt in zip(*(read_text_file(path) for path, *_ in files), strict=True):
-        yield {"src": src, "tgt": tgt}
-
-
-def read_text_file(path: str | Path) -> Iterator[str]:
-    with open(path, "rb") as file:
-        yield from read_lines(file, str(path))
-
-
-def read_lines(file: Iterable[bytes], name: str) -> Iterator[str]:
-    """The lines of a binary file, without line endings and byte-order mark. Only a newline ends a line.
-
-    Raises InputError at the first line that is not UTF-8; the message names the file `name`.
-    """
-    for number, line in enumerate(file, start=1):
-        try:
-            text = line.decode("utf8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise InputError(f"{name} line {number} is not UTF-8; convert it, e.g. with iconv -t utf8") from None
-        yield text.removeprefix("\ufeff") if number == 1 else text
-
-
-def read_rows(files: tuple[tuple, ...], languages: tuple[str, str], version: int) -> Iterator[dict]:
-    path = files[0][0]
-    readers = {".tsv": read_table, ".csv": read_table, ".jsonl": read_jsonl, ".parquet": read_parquet}
-    for number, row in enumerate(readers[Path(path).suffix](path, languages), start=1):
-        src, tgt = (text_of(row, lang, f"{path} row {number}") for lang in languages)
-        yield {"src": src, "tgt": tgt}
-
-
-def read_table(path: str, languages: tuple[str, str]) -> Iterator[dict]:
-    """The rows of a .csv file, or of a .tsv file, which has no quoting.
-
-    A first row that contains a language code is a header. Without a header, the first column is the source.
-    """
-    lines = read_text_file(path)
-    is_csv = path.endswith(".csv")
-    rows = csv.reader(f"{line}\n" for line in lines) if is_csv else (line.split("\t") for line in lines)
-    header = list(languages)
-    for number, cells in enumerate(rows, start=1):
-        if number == 1 and set(cells) & set(languages):
-            header = cells
-        elif cells in ([], [""]):  # a blank line is a blank pair
-            yield dict.fromkeys(languages, "")
-        elif len(cells) < 2:
-            separator = "comma" if is_csv else "tab"
-            raise InputError(
-                f"{path} row {number} has one column; give two, source and target, separated by a {separator}"
-            )
-        else:
-            yield dict(zip(header, cells, strict=False))
-
-
-def read_jsonl(path: str, languages: tuple[str, str]) -> Iterator[dict]:
-    for number, line in enumerate(read_text_file(path), start=1):
-        try:
-            yield json.loads(line) if line.strip() else dict.fromkeys(languages, "")
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} line {number} is not JSON ({error}); give one object per line") from None
-
-
-def read_parquet(path: str, languages: tuple[str, str]) -> Iterator[dict]:
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=PARQUET_ROWS):
-            yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file ({error}); write it again") from None
-
-
-def text_of(row: dict, lang: str, where: str) -> str:
-    """The text in one language of a row {"en": …} or {"translation": {"en": …}}; null counts as blank.
-
-    Raises InputError if the row lacks the language or the text is not a string; the message begins with `where`.
-    """
-    texts = row.get("translation", row) if isinstance(row, dict) else {}
-    texts = texts if isinstance(texts, dict) else {}
-    if lang not in texts:
-        available = ", ".join(map(str, texts)) or "none"
-        raise InputError(f"{where} has no language {lang!r}; it has {available}: change --lang-src or --lang-tgt")
-    text = texts[lang]
-    if not isinstance(text, str | None):
-        raise InputError(f"{where}: {lang} is {text!r}; give a string")
-    return text or ""
 
 
 # ---------------------------------------------------------------------------- the Hugging Face Hub

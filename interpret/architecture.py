@@ -15,18 +15,15 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 import torch
-import vl_convert
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from config import Config, InputError, get_config
 from corpora.sources import load_split
 from dataset import BilingualDataset, batch_of, load_tokenizer
-from interpret.charts import save_png
 from model import Transformer, get_model
 from runs.folder import RunFolder
 
-SUFFIXES = (".svg", ".png")
 BATCH_PAIRS = 32  # validation pairs whose shapes are shown
 NOMINAL_BATCH = (32, 24, 22)  # B, S, T of a picture without a corpus
 
@@ -148,7 +145,8 @@ def part_paths(config: Config) -> dict[str, int]:
         for i, name in enumerate(sublayers):
             paths[f"{stack}.layers.0.{name}"] = layers
             paths[f"{stack}.layers.0.residual_connections.{i}.norm"] = layers
-        paths[f"{stack}.norm"] = 1
+        if config.norm == "pre":
+            paths[f"{stack}.norm"] = 1
     return paths | {"projection_layer": 1}
 
 
@@ -198,6 +196,7 @@ ATTENTION, FEED_FORWARD, NORM, EMBEDDING, OUTPUT, GROUP, MASK, DATA = (
     "#fde3c3", "#cfe6f5", "#f5f1c4", "#f9d9dc", "#ddd9f0", "#f6f8fa", "#ffffff", "#e2f0e0"
 )  # fmt: skip
 ENCODER_X, DECODER_X = 190, 810  # centers of the two columns
+ENCODER_TOP, DECODER_TOP = 414, 264  # of the blocks
 HALF = 135  # half the width of a box
 SKIP = 150  # distance of the residual path from the center of a column
 
@@ -219,8 +218,8 @@ def architecture(
     c = Canvas(1000, 1020)
     draw_legend(c, config, parts, (src_vocab_size, tgt_vocab_size), batch, title, note)
     draw_outputs(c, parts)
-    draw_stack(c, parts, "encoder", ENCODER_X, -1, 414)
-    draw_stack(c, parts, "decoder", DECODER_X, 1, 264)
+    draw_stack(c, parts, "encoder", ENCODER_X, -1, ENCODER_TOP)
+    draw_stack(c, parts, "decoder", DECODER_X, 1, DECODER_TOP)
     draw_inputs(c, parts, batch)
     draw_connections(c, batch, config)
     return c.chart()
@@ -251,7 +250,8 @@ def draw_legend(
     for i, line in enumerate(lines):
         c.text(30, 78 + 19 * i, line, 12.5, GRAY, align="left")
     c.text(30, 180, "Each sublayer f of a block is in a ResidualConnection:", 13, align="left")
-    c.text(30, 202, "x + dropout(f(LayerNorm(x)))", 13, align="left", font=MONO)
+    formula = "x + dropout(f(LayerNorm(x)))" if config.norm == "pre" else "LayerNorm(x + dropout(f(x)))"
+    c.text(30, 202, formula, 13, align="left", font=MONO)
 
 
 def draw_outputs(c: Canvas, parts: dict[str, Part]) -> None:
@@ -264,31 +264,37 @@ def draw_outputs(c: Canvas, parts: dict[str, Part]) -> None:
 
 
 def draw_stack(c: Canvas, parts: dict[str, Part], stack: str, x: float, side: int, top: float) -> None:
-    """The blocks of the encoder or decoder as one block from `top` down, its final LayerNorm above it.
+    """The blocks of the encoder or decoder as one block from `top` down, with pre-norm a final LayerNorm above it.
 
     The residual path is to the left (`side` -1) or to the right (1) of the sublayers.
     """
     block = {path: part for path, part in parts.items() if path.startswith(f"{stack}.layers.0.")}
     sublayers = [path for path in block if not path.endswith(".norm")]
     norms = [path for path in block if path.endswith(".norm")]
-    draw_part(c, x, top - 86, parts, f"{stack}.norm", NORM, name=f"end of {stack.capitalize()}")
+    is_pre_norm = f"{stack}.norm" in parts
+    if is_pre_norm:
+        draw_part(c, x, top - 86, parts, f"{stack}.norm", NORM, name=f"end of {stack.capitalize()}")
+    else:
+        c.line((x, top - 24), (x, top - 86))
     c.rect(x - 165, top, x + 165, 748, GROUP)
     end = top - 24  # of the arrow out of a sublayer
-    y = top + 34
+    y = top + 10  # where the residual connection of a sublayer begins
     for sublayer, norm in zip(reversed(sublayers), reversed(norms), strict=True):
         is_attention = bool(parts[sublayer].scores)
         height, fill = (80, ATTENTION) if is_attention else (62, FEED_FORWARD)
-        draw_part(c, x, y, parts, sublayer, fill, height)
-        c.rect(x - HALF, y + height, x + HALF, y + height + 24, NORM)
+        # From y down: sum, sublayer, LayerNorm for pre-norm; LayerNorm, sum, sublayer for post-norm
+        plus, box, norm_y = (y + 8, y + 24, y + 24 + height) if is_pre_norm else (y + 33, y + 48, y)
+        draw_part(c, x, box, parts, sublayer, fill, height)
+        c.rect(x - HALF, norm_y, x + HALF, norm_y + 24, NORM)
         text = f"{parts[norm].class_name} · {parts[norm].file} · {count_text(parts[norm])}"
-        c.text(x, y + height + 12, text, 12)
-        bottom, plus = y + height + 24, y - 16
-        c.line((x, y), (x, plus + 9))
+        c.text(x, norm_y + 12, text, 12)
+        bottom = y + height + 48
+        c.line((x, box), (x, plus + 9))
         c.line((x, bottom + 14), (x + side * SKIP, bottom + 14), (x + side * SKIP, plus), (x + side * 9, plus))
-        c.arrow((x, plus - 9), (x, end))
+        c.arrow((x, min(plus - 9, norm_y)), (x, end))
         c.rect(x - 9, plus - 9, x + 9, plus + 9, MASK, TEXT)
         c.text(x, plus, "+", 15)
-        y, end = bottom + 46, bottom
+        y, end = bottom + 22, bottom
     c.arrow((x, 766), (x, end))
     layers = next(iter(block.values())).copies
     each = sum(part.parameters for part in block.values())
@@ -316,7 +322,7 @@ def draw_inputs(c: Canvas, parts: dict[str, Part], batch: Sizes) -> None:
 def draw_connections(c: Canvas, batch: Sizes, config: Config) -> None:
     """The encoder output, and the masks."""
     B, S, T = batch
-    c.arrow((ENCODER_X, 328), (ENCODER_X, 292), (622, 292), (622, 450), (DECODER_X - HALF, 450))
+    c.arrow((ENCODER_X, 328), (ENCODER_X, 292), (622, 292), (622, 464), (DECODER_X - HALF, 464))
     c.text(406, 278, f"encoder output {(B, S, config.d_model)}: keys and values", 12, GRAY)
     c.rect(404, 484, 596, 672, MASK, RED)
     c.text(500, 500, "masks: True = may attend", 12, RED)
@@ -405,11 +411,3 @@ def preset_architecture(name: str) -> alt.LayerChart:
 def nominal_batch(config: Config) -> Sizes:
     B, S, T = NOMINAL_BATCH
     return B, min(S, config.seq_len), min(T, config.seq_len)
-
-
-def save_architecture(chart: alt.LayerChart, path: str | Path) -> None:
-    """Writes the chart as SVG or PNG, by the suffix of the path."""
-    if Path(path).suffix == ".png":
-        save_png(chart, path)
-    else:
-        Path(path).write_text(vl_convert.vegalite_to_svg(chart.to_dict()), encoding="utf8")

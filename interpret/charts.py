@@ -22,7 +22,6 @@ from altair.utils.html import spec_to_html
 from PIL import Image
 
 import interpret.theme  # noqa: F401  (registers and enables the Altair theme)
-from config import InputError
 from interpret import views
 from interpret.measures import check_heads, mean_over_heads, packed_table, rollout, weights_of_query
 from interpret.trace import KIND_NAMES, KINDS, SIDES, AttentionTrace
@@ -131,9 +130,10 @@ def cell_numbers(base: alt.Chart, field: str, is_high: str, digits: str = ".2f",
     ]
 
 
-def mean_heads(trace: AttentionTrace, kind: str, cell_size: float = 16) -> alt.Chart:
-    """The mean over the heads of each layer."""
+def mean_heads(trace: AttentionTrace, kind: str, cell_size: float = 16, layers: list[int] | None = None) -> alt.Chart:
+    """The mean over the heads of each layer; all layers unless given."""
     packed = packed_table(mean_over_heads(trace), kind).assign(head="mean")
+    packed = packed[packed["layer"].isin(layers if layers is not None else packed["layer"])]
     return titled(panels(trace, kind, packed, cell_size), kind, "mean over heads", sentence_line(trace))
 
 
@@ -308,11 +308,8 @@ VEGA_LITE_5 = "https://vega.github.io/schema/vega-lite/v5.20.1.json"
 
 
 def save_picture(chart: alt.TopLevelMixin, path: str | Path, scale: float = 2.0) -> None:
-    """Writes the chart as a PNG or SVG file, by the suffix of the name. Raises InputError for another suffix."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(f"{path} does not end in {' or '.join(SUFFIXES)}; give such a name")
-    if suffix == ".svg":
+    """Writes the chart as SVG if the name ends in .svg, otherwise as PNG."""
+    if Path(path).suffix.lower() == ".svg":
         Path(path).write_text(vl_convert.vegalite_to_svg(chart.to_dict()), encoding="utf8")
     else:
         Path(path).write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=scale))

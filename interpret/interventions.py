@@ -42,13 +42,15 @@ def intervene(
             raise InputError(f"no head {head} in {KIND_NAMES[kind]}; it has heads 0 to {blocks[0].h - 1}")
     chosen = [block for layer, block in enumerate(blocks) if layers is None or layer in layers]
     before = [block.intervene for block in chosen]
+    # A list would be copied to a GPU at every call.
+    index = None if heads is None else torch.tensor(heads, dtype=torch.long, device=next(model.parameters()).device)
 
     def changed(outer: Change | None, scores: Tensor) -> Tensor:
         scores = outer(scores) if outer else scores
-        if heads is None:
+        if index is None:
             return change(scores)
         scores = scores.clone()
-        scores[:, heads] = change(scores[:, heads])
+        scores[:, index] = change(scores[:, index])
         return scores
 
     for block, outer in zip(chosen, before, strict=True):
@@ -106,9 +108,10 @@ def fixed_pattern(scores: Tensor, weights: Tensor) -> Tensor:
     Surplus rows and columns of `weights` are dropped; missing rows repeat the last one, missing columns are 0.
     """
     Q, K = scores.shape[-2:]
-    rows, columns = torch.arange(Q).clamp(max=weights.size(0) - 1), torch.arange(min(K, weights.size(1)))
+    rows = torch.arange(Q, device=scores.device).clamp(max=weights.size(0) - 1)
+    columns = min(K, weights.size(1))
     fitted = torch.zeros_like(scores)
-    fitted[..., columns] = weights.to(scores)[rows][:, columns]
+    fitted[..., :columns] = weights.to(scores)[rows, :columns]
     return renormalized(fitted, scores > 0)
 
 
@@ -146,8 +149,9 @@ def zero_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
 
 
 def sublayer_only(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """For a residual connection x + sublayer(norm(x)): sublayer(norm(x)) alone."""
-    return output - inputs[0]
+    """For a residual connection: the output without x, sublayer(norm(x)) or, with post-norm, norm(sublayer(x))."""
+    x, sublayer = inputs
+    return sublayer(module.norm(x)) if module.is_pre_norm else module.norm(sublayer(x))
 
 
 def input_as_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
@@ -202,6 +206,7 @@ class Variant:
     apply: Callable[[Transformer], AbstractContextManager]
 
 
+# Formulas are those of pre-norm; with post-norm, LayerNorm comes after each sum instead.
 ONLY_RESIDUAL = "Every sublayer adds 0: the output is norm(x) of the embeddings."
 ONLY_SELF_ATTENTION = "No residual path: x = SelfAttention(norm(x)); the other sublayers add 0."
 NO_FEED_FORWARD = "The feed-forward blocks add 0: x = x + 0."

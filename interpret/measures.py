@@ -12,7 +12,8 @@ import pandas as pd
 
 from config import InputError
 from corpora.toy import Pair, tokens_of
-from interpret.trace import KIND_NAMES, KINDS, AttentionTrace, is_punctuation, merge_words, record_trace
+from dataset import is_punctuation
+from interpret.trace import KIND_NAMES, KINDS, AttentionTrace, merge_words, record_trace
 from translate import Translator
 
 # ---------------------------------------------------------------------------- tables
@@ -99,19 +100,6 @@ def weights_of_query(trace: AttentionTrace, kind: str, row: int) -> pd.DataFrame
     if row not in table["row"].to_numpy():
         raise InputError(f"no row {row} in {KIND_NAMES[kind]}; it has rows 0 to {table['row'].max()}")
     return table[table["row"] == row].drop(columns=["kind", "row"]).reset_index(drop=True)
-
-
-def top_keys_table(trace: AttentionTrace, kind: str, row: int, top_k: int = 3) -> pd.DataFrame:
-    """The `top_k` keys with the largest weights of one row, for every head: layer, head, rank, token, weight.
-
-    `start` and `end` are the weights summed up to the key, for stacked bars. Raises InputError for a row out of range.
-    """
-    table = weights_of_query(trace, kind, row).rename(columns={"column_token": "token"})
-    best = table.sort_values("weight", ascending=False).groupby(["layer", "head"]).head(top_k)
-    heads = best.sort_values(["layer", "head", "weight"], ascending=[True, True, False]).groupby(["layer", "head"])
-    end = heads["weight"].cumsum()
-    best = best.assign(rank=heads.cumcount() + 1, end=end, start=end - best["weight"])
-    return best.sort_values(["layer", "head", "rank"]).drop(columns=["row_token"]).reset_index(drop=True)
 
 
 def token_lookup(trace: AttentionTrace, kind: str, token: str, top_k: int = 3) -> pd.DataFrame:

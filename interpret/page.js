@@ -114,6 +114,7 @@ function step(by) { pause(); set({ film: true }); focusRow(row + by); }
 function choose(index) {
   pause();
   sentence = index;
+  byId("sentence").value = index;
   state = { ...trace().state, kind: state.kind || trace().state.kind };
   picks = Object.fromEntries(Object.keys(state.layers).map((kind) => [kind, [`${state.layers[kind] - 1}.mean`]]));
   [row, key] = [0, -1];

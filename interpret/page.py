@@ -68,7 +68,7 @@ def write_page(
     Path(path).write_text(
         PAGE.format(
             title=html.escape(title),
-            about=html.escape(about),
+            about=CAUTION,
             run=html.escape(run),
             policy=content_security_policy(scripts),
             style=css() + (HERE / "page.css").read_text(encoding="utf8"),
@@ -108,7 +108,7 @@ PAGE = """<!DOCTYPE html>
 <body>
 <header>
 <div><h1 id="title">{title}</h1><p class="about">run <b>{run}</b> · {about}</p></div>
-<button id="theme" aria-label="switch between light and dark">◐ Theme</button>
+<button id="theme" aria-label="switch between light and dark">◐</button>
 </header>
 {controls}
 <main class="grid">
@@ -137,7 +137,7 @@ PLAYER = """<div class="bar">
 </div>"""
 
 ATTENTION_CARDS = [
-    Card("ribbons", "What is read, and what is written", columns=9, note_id="head", below=PLAYER),
+    Card("ribbons", "Attention, row by row", columns=9, note_id="head", below=PLAYER),
     Card("candidates", "Next token", "The most probable tokens of the step", columns=3),
     [
         Card("gallery", "Heads", "Click to select; with Shift or Ctrl, several", legend=True),
@@ -162,7 +162,7 @@ def save_page(traces: AttentionTrace | list[AttentionTrace], path: str | Path) -
         "traces": [trace_data(trace) for trace in traces],
     }
     title = f"{traces[0].source} → {traces[0].translation}"
-    write_page(path, title, CAUTION, ATTENTION_CARDS, data, controls, traces[0].run)
+    write_page(path, title, traces[0].run, ATTENTION_CARDS, data, controls)
 
 
 def trace_data(trace: AttentionTrace) -> dict:
@@ -210,4 +210,4 @@ def save_report(
         charts["importance"] = importance_heat_map(importance)
         cards.append(Card("importance", "Head importance", "One head switched off at a time"))
     specs = {name: page_spec(chart) for name, chart in charts.items()}
-    write_page(path, f"{sentence} → {trace.translation}", CAUTION, cards, {"specs": specs}, run=trace.run)
+    write_page(path, f"{sentence} → {trace.translation}", trace.run, cards, {"specs": specs})

@@ -34,16 +34,16 @@ class Palette:
 LIGHT = Palette(
     page="#f4f5f7", card="#ffffff", sunken="#eef0f4", line="#e2e5ea", text="#171b22", muted="#5f6b7c",
     read="#2563c9", written="#c8402a", ribbon="#4b78d8", bar="#b9c2d0", good="#1b7f5c",
-    weights=("#eaf0fa", "#b5cdf3", "#78a5ea", "#3f74d4", "#2049a0", "#10265c"),
+    weights=("#eaf0fa", "#a3c2f2", "#4274d6", "#2049a0", "#10265c"),
     change=("#a3271a", "#e08a7d", "#f0f2f5", "#78a5ea", "#1f4a9f"),
-    on_low="#26303f", on_high="#ffffff",
+    on_low="#05080d", on_high="#ffffff",
 )  # fmt: skip
 DARK = Palette(
     page="#0d1015", card="#151a21", sunken="#1f2630", line="#2b333f", text="#e7ebf1", muted="#98a4b5",
     read="#7fb2ff", written="#ff8d70", ribbon="#5d97f5", bar="#46526399", good="#57c99b",
-    weights=("#1d2530", "#203f6c", "#2866b3", "#4d98ef", "#98c7ff", "#e8f3ff"),
+    weights=("#1d2530", "#214a82", "#3a78cf", "#98c7ff", "#e8f3ff"),
     change=("#ff8d7a", "#8c3c33", "#1f2630", "#2c5fae", "#8fc2ff"),
-    on_low="#c9d3e0", on_high="#0d1626",
+    on_low="#ffffff", on_high="#05080d",
 )  # fmt: skip
 PALETTES = {"light": LIGHT, "dark": DARK}
 

@@ -14,7 +14,6 @@ Attention weights show where a head reads. They do not explain the output, and o
 
 import json
 import re
-import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from zipfile import BadZipFile
@@ -22,12 +21,11 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders
-from torch import Tensor
 
 from config import InputError
-from dataset import EOS, SOS, SPECIAL_TOKENS, UNK, padding_mask
-from model import causal_mask
-from translate import Translator
+from corpora.alignment import merge_weights
+from dataset import EOS, SOS, UNK, word_indices
+from translate import Translator, recorded_pass
 
 KINDS = ("encoder", "decoder", "cross")
 KIND_NAMES = {"encoder": "encoder self-attention", "decoder": "decoder self-attention", "cross": "cross-attention"}
@@ -154,22 +152,6 @@ def target_ids(translator: Translator, src_ids: list[int], target: str | list[in
     return ids
 
 
-def recorded_pass(
-    translator: Translator, src_ids: list[int], decoder_ids: list[int]
-) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """Logits (T, V) of a teacher-forced pass, and the attention weights of each kind, (L, H, Q, K)."""
-    model = translator.model
-    source = torch.tensor([src_ids], device=translator.device)
-    decoder_input = torch.tensor([decoder_ids], device=translator.device)
-    with model.recording():
-        logits = model(source, decoder_input, padding_mask(source), causal_mask(len(decoder_ids), source.device))
-        weights = {
-            kind: torch.stack([block.attention_scores[0].float() for block in blocks]).cpu().numpy()
-            for kind, blocks in model.attention_blocks().items()
-        }
-    return logits[0].float(), weights
-
-
 # ---------------------------------------------------------------------------- words
 
 
@@ -192,10 +174,10 @@ def merge_tokens(trace: AttentionTrace, groups: dict[str, list[int]], strip: str
 
     The string `strip` is removed from the text of the groups.
     """
-    total = {side: np.eye(index[-1] + 1, dtype=np.float32)[index] for side, index in groups.items()}  # (K, groups)
-    mean = {side: (matrix / matrix.sum(0)).T for side, matrix in total.items()}  # (groups, Q)
     weights = {
-        kind: mean[rows] @ trace.weights[kind] @ total[columns]  # (L, H, Q, K) -> (L, H, groups, groups)
+        kind: merge_weights(
+            trace.weights[kind], groups[rows], groups[columns]
+        )  # (L, H, Q, K) -> (L, H, groups, groups)
         for kind, (rows, columns) in SIDES.items()
     }
     src_tokens = join_tokens(trace.src_tokens, groups["src"], strip)
@@ -226,21 +208,6 @@ def character_indices(tokens: list[str]) -> list[int]:
     return indices
 
 
-def word_indices(tokens: list[str], whole_words: bool) -> list[int]:
-    """The index of the word that each token belongs to.
-
-    With `whole_words` every token is a word. Otherwise a word starts at a subword with the prefix ▁; special
-    tokens and punctuation are separate words.
-    """
-    indices, after_standalone = [], True
-    for token in tokens:
-        standalone = token in SPECIAL_TOKENS or is_punctuation(token)
-        starts_word = whole_words or standalone or after_standalone or token.startswith("▁")
-        indices.append((indices[-1] + starts_word) if indices else 0)
-        after_standalone = standalone
-    return indices
-
-
 def join_tokens(tokens: list[str], group_index: list[int], strip: str = "") -> list[str]:
     """The text of each group of tokens, without the string `strip`; tokens of the byte fallback are decoded."""
     groups = [[] for _ in range(group_index[-1] + 1)]
@@ -255,9 +222,3 @@ def plain_text(tokens: list[str]) -> str:
     if any(token.startswith("▁") for token in tokens):
         return "".join(tokens).replace("▁", " ").strip()
     return re.sub(r" ([.,;:!?]+)(?= |$)", r"\1", " ".join(tokens))
-
-
-def is_punctuation(token: str) -> bool:
-    """Whether a token consists of punctuation marks and symbols only."""
-    text = token.strip("▁")
-    return text != "" and token not in SPECIAL_TOKENS and all(unicodedata.category(c)[0] in "PS" for c in text)

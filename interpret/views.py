@@ -168,7 +168,7 @@ def gallery(heads: alt.Data = HEADS) -> alt.LayerChart:
 
 
 def head_heat_map(heads: alt.Data = HEADS) -> alt.LayerChart:
-    """The picked heads as a heat map, with numbers in the cells of a short sentence; the row in focus is framed."""
+    """The picked heads as a heat map, with numbers in the cells where they fit; the row in focus is framed."""
     base = selected(heads).encode(
         x=alt.X("column:O", title=None, axis=token_axis(KEYS, labelAngle=-50, labelPadding=7, orient="top")),
         y=alt.Y("row:O", title=None, axis=token_axis(ROWS, labelLimit=170)),
@@ -176,7 +176,7 @@ def head_heat_map(heads: alt.Data = HEADS) -> alt.LayerChart:
     cells = tooltip(
         base.mark_rect(cursor="pointer").encode(color=alt.Color("weight:Q", scale=WEIGHT_SCALE, legend=None))
     )
-    numbers = base.transform_filter(f"datum.weight >= 0.005 && length({KEYS}) <= 14").encode(
+    numbers = base.transform_filter(f"datum.weight >= 0.005 && width / length({KEYS}) >= 26").encode(
         text=alt.Text("weight:Q", format=".2f")
     )
     low = numbers.transform_filter("datum.weight < 0.5").mark_text(style="low", fontSize=11)
@@ -259,8 +259,8 @@ def candidate_bars(candidates: alt.Data = CANDIDATES) -> alt.LayerChart:
     return alt.layer(
         bars.mark_bar(style="bar", cornerRadiusEnd=3),
         bars.mark_bar(style="chosen", cornerRadiusEnd=3).encode(opacity=opacity),
-        labels.mark_text(style="label", align="left", dy=-14, limit=200).encode(x=alt.value(0), text="token:N"),
-        labels.mark_text(style="muted", align="right", dy=-14).encode(x=alt.value(alt.ExprRef("width")), text="p:N"),
+        labels.mark_text(style="label", align="left", dy=-17, limit=200).encode(x=alt.value(0), text="token:N"),
+        labels.mark_text(style="muted", align="right", dy=-17).encode(x=alt.value(alt.ExprRef("width")), text="p:N"),
     )
 
 

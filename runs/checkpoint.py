@@ -8,6 +8,7 @@ the SHA-256 of all bytes before it, because `torch.load` does not detect flipped
     model       trained weights
     ema_model   exponential moving average of the weights, or None
     optimizer   state of the optimizer
+    scaler      loss scale and number of skipped steps in fp16, otherwise empty
     progress    epoch, batch and step
     rng         states of the random number generators of each process
     config      all settings

@@ -59,7 +59,9 @@ class RunFolder:
         """The folder of a config's run: run_dir, or weights/<corpus>.<src>-<tgt>."""
         if config.run_dir:
             return cls(config.run_dir)
-        corpus = re.sub(r"\.(tsv|csv|jsonl|parquet)$", "", Path(config.datasource.split(":")[0]).name)
+        corpus = re.sub(
+            r"(?i)\.(tsv|csv|jsonl|parquet|xlsx|tmx)(\.gz)?$", "", Path(config.datasource.split(":")[0]).name
+        )
         corpus = re.sub(r"[^A-Za-z0-9._-]", "_", corpus)
         return cls(WEIGHTS_FOLDER / f"{corpus}.{config.lang_src}-{config.lang_tgt}")
 

@@ -60,11 +60,12 @@ def tiny_config(tmp_path: Path, pairs_file: Path) -> Config:
     )
 
 
-@pytest.fixture
-def tiny_model() -> Transformer:
+@pytest.fixture(params=["pre", "post"])
+def tiny_model(request) -> Transformer:
     """Random weights, 3 encoder and 2 decoder layers, 4 heads, vocabularies of 50 and 60 tokens, 40 positions."""
     torch.manual_seed(0)
-    return build_transformer(50, 60, 40, 40, d_model=32, N=3, h=4, dropout=0.1, d_ff=64, decoder_N=2).eval()
+    sizes = {"d_model": 32, "N": 3, "h": 4, "d_ff": 64, "decoder_N": 2}
+    return build_transformer(50, 60, 40, 40, dropout=0.1, norm=request.param, **sizes).eval()
 
 
 def train_one_epoch(folder: Path, lang_tgt: str) -> Path:

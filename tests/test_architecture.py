@@ -13,6 +13,8 @@ import visualize
 from config import Config, InputError, get_config
 from dataset import batch_of, build_word_tokenizer
 from interpret.architecture import (
+    ENCODER_TOP,
+    ENCODER_X,
     GROUP,
     INPUTS,
     architecture,
@@ -21,8 +23,8 @@ from interpret.architecture import (
     preset_architecture,
     recorded_shapes,
     run_architecture,
-    save_architecture,
 )
+from interpret.charts import save_picture
 from model import get_model
 from runs.folder import RunFolder
 
@@ -69,9 +71,10 @@ def untrained_run(tmp_path) -> str:
 # ---------------------------------------------------------------------------- numbers
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_parameters_of_the_boxes_sum_to_those_of_the_model(preset):
-    config = get_config(preset, encoder_layers=3)
+def test_parameters_of_the_boxes_sum_to_those_of_the_model(preset, norm):
+    config = get_config(preset, encoder_layers=3, norm=norm)
     assert config.share_embeddings == PRESETS[preset]
     chart = architecture(config, *VOCABULARIES[config.share_embeddings])
     blocks = [row for row in rows_with(chart, "fill") if row["fill"] == GROUP]
@@ -104,6 +107,19 @@ def test_tied_matrices_are_counted_once_and_named():
     texts = texts_of(preset_architecture("opus_books"))
     assert "(32, 24, 512) · tied with tgt_embed" in texts
     assert "matrix tied with tgt_embed" in texts
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_the_layer_norm_is_drawn_before_the_sublayer_or_after_the_sum(norm):
+    """From top to bottom, the picture shows what is computed last to first."""
+    rows = rows_with(architecture(get_config("toy", norm=norm), 10, 12), "text")
+    column = sorted((row["y"], row["text"]) for row in rows if row["x"] == ENCODER_X and row["y"] > ENCODER_TOP)
+    names = [re.match(r"\+|LayerNorm|FeedForwardBlock|MultiHeadAttentionBlock", text) for _, text in column]
+    order = [name[0] for name in names if name]
+    if norm == "pre":
+        assert order == ["+", "FeedForwardBlock", "LayerNorm", "+", "MultiHeadAttentionBlock", "LayerNorm"]
+    else:
+        assert order == ["LayerNorm", "+", "FeedForwardBlock", "LayerNorm", "+", "MultiHeadAttentionBlock"]
 
 
 def test_all_layers_of_a_stack_have_the_same_size():
@@ -155,7 +171,7 @@ def test_no_text_is_wider_than_its_box(preset):
 def test_files(tmp_path):
     chart = preset_architecture("toy")
     for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<svg")):
-        save_architecture(chart, tmp_path / name)
+        save_picture(chart, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
 
 

@@ -167,6 +167,9 @@ CASES = [
         "missing language", train_new("a.csv"), "no language 'it'; it has en, fr: change", file("a.csv", "en,fr\n1,2\n")
     ),
     Case("not Parquet", train_new("a.parquet"), "is not a Parquet file .*; write it again", file("a.parquet", "no")),
+    Case("not gzip", train_new("a.tsv.gz"), "a.tsv.gz is damaged or not compressed", file("a.tsv.gz", "1\t2\n")),
+    Case("not TMX", train_new("a.tmx"), "a.tmx is not a TMX file .*; export it again", file("a.tmx", "<tmx>")),
+    Case("unsupported format", train_new("a.txt"), r"a\.txt has another format; give one of", file("a.txt", "1\n")),
     Case("all pairs too long", NEW + " --seq-len 3", "no pairs remain: .* exceed 3 tokens; raise --seq-len"),
     Case(
         "all pairs blank",

@@ -1,6 +1,7 @@
 """Settings, presets, command lines, and the names of files in a run folder."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import ROOT
 from config import PRESETS, Config, InputError, get_config, parse
 from runs.folder import RunFolder, get_weights_file_path, latest_weights_file_path
 from train import parse_config
+from training.resume import check_same_settings
 
 
 def test_every_preset_is_valid_and_differs_from_the_defaults_and_the_other_presets():
@@ -54,6 +56,18 @@ def test_an_existing_run_folder_supplies_the_config_also_when_moved(tmp_path):
     assert (config.preset, config.d_ff, config.num_epochs, config.run_dir) == ("toy", 96, 9, str(tmp_path))
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     assert RunFolder.of(RunFolder(moved).load_config()).path == moved
+
+
+def test_runs_of_before_the_setting_norm_are_pre_norm(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.save_config(get_config("toy"))
+    values = json.loads(folder.config_file.read_text(encoding="utf8"))
+    del values["norm"]
+    folder.config_file.write_text(json.dumps(values), encoding="utf8")
+    assert folder.load_config().norm == "pre"
+    check_same_settings(folder.load_config(), values, tmp_path)
+    with pytest.raises(InputError, match="norm 'pre' there, 'post' now"):
+        check_same_settings(dataclasses.replace(folder.load_config(), norm="post"), values, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dataset import PAD, padding_mask
 from interpret import charts, interventions, page, text
 from interpret.interventions import VARIANTS, head_off, intervene, zero
 from interpret.trace import KINDS, record_trace
-from model import causal_mask
+from model import build_transformer, causal_mask
 from translate import Translator
 
 SENTENCE = "I can eat an apple."
@@ -72,6 +72,32 @@ def test_each_change_has_its_formula():
     head = torch.eye(4)[[1, 1, 0]]  # argmax of the rows: 1, 1, 0; further rows repeat the last
     assert interventions.fixed_pattern(scores(causal=False), head)[0, 0].argmax(-1).tolist() == [1, 1, 0, 0, 0]
     assert not zero(before).any()
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_sublayers_switched_off_leave_the_formulas_of_pre_norm_and_post_norm(norm):
+    torch.manual_seed(0)
+    model = build_transformer(50, 60, 40, 40, d_model=32, N=2, h=4, d_ff=64, norm=norm).eval()
+    for name, parameter in model.named_parameters():
+        if ".norm." in name:
+            torch.nn.init.normal_(parameter, mean=1.0)
+    x, mask = torch.randn(1, 6, 32), torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    by_name = {variant.name: variant for variant in VARIANTS}
+    with torch.inference_mode():
+        expected = x
+        for block in model.encoder.layers:
+            for residual in block.residual_connections:
+                expected = expected if norm == "pre" else residual.norm(expected)
+        with by_name["encoder: only the residual path"].apply(model):
+            assert torch.allclose(model.encoder(x, mask), model.encoder.norm(expected), atol=1e-6)
+        expected = x
+        for block in model.encoder.layers:
+            attend, (first, second) = block.self_attention_block, block.residual_connections
+            y = first.norm(expected) if norm == "pre" else expected
+            y = attend(y, y, y, mask)
+            expected = y if norm == "pre" else second.norm(first.norm(y))
+        with by_name["encoder: only self-attention"].apply(model):
+            assert torch.allclose(model.encoder(x, mask), model.encoder.norm(expected), atol=1e-6)
 
 
 def outputs(translator: Translator) -> torch.Tensor:
@@ -239,7 +265,7 @@ def test_charts_of_experiments_are_drawn(translator, tmp_path):
         ),
     ]
     for i, chart in enumerate(drawn):
-        charts.save_png(chart, tmp_path / f"{i}.png")
+        charts.save_picture(chart, tmp_path / f"{i}.png")
     with pytest.raises(ValueError, match="different tokens"):
         charts.difference(before, record_trace(translator, "She sleeps."), "encoder", 0, 0)
 

@@ -6,8 +6,11 @@ import torch
 
 from config import InputError, get_config
 from corpora.sources import load_split
-from dataset import load_tokenizer
+from dataset import build_word_tokenizer, load_tokenizer
+from experiments import log_probability
 from export import main, to_ctranslate2, to_safetensors
+from model import get_model
+from runs.folder import RunFolder
 from train import train_model
 from translate import Translator
 
@@ -34,6 +37,27 @@ def test_ctranslate2_gives_the_same_translations(trained_run, translator, tmp_pa
     sentences = list(load_split(translator.config, "test")["src"])[:60]
     ours = translator.translate(sentences, beam_size, 0.0)
     assert translate_with_ctranslate2(tmp_path / "fast", sentences, beam_size) == ours
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_ctranslate2_gives_the_same_log_probabilities(tmp_path, norm):
+    torch.manual_seed(0)
+    config = get_config("toy", run_dir=str(tmp_path), norm=norm)
+    pairs = load_split(config, "validation")
+    tokenizers = [build_word_tokenizer(pairs[side], 1_000) for side in ("src", "tgt")]
+    for lang, tokenizer in zip(("en", "it"), tokenizers, strict=True):
+        RunFolder(tmp_path).tokenizer_file(lang).write_text(tokenizer.to_str(), encoding="utf8")
+    model = get_model(config, *(tokenizer.get_vocab_size() for tokenizer in tokenizers)).eval()
+    for name, parameter in model.named_parameters():
+        if ".norm." in name:
+            torch.nn.init.normal_(parameter, mean=1.0)
+    translator = Translator(model, config, *tokenizers)
+    to_ctranslate2(translator, tmp_path / "fast")
+    source, target = (
+        tokenizer.encode(pairs[side][0]) for tokenizer, side in zip(tokenizers, ("src", "tgt"), strict=True)
+    )
+    (scored,) = ctranslate2.Translator(str(tmp_path / "fast")).score_batch([source.tokens], [target.tokens])
+    assert sum(scored.log_probs) == pytest.approx(log_probability(translator, pairs["src"][0], target.ids), abs=1e-3)
 
 
 def test_int8_is_smaller_and_gives_nearly_the_same_translations(trained_run, translator, tmp_path):

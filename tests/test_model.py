@@ -55,6 +55,27 @@ def test_written_out_attention_equals_the_fused_kernel(tiny_model, monkeypatch):
     assert torch.allclose(fused, written_out, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.3])  # the fused kernel, and written out
+def test_without_a_decoder_mask_training_is_the_same_as_with_causal_and_padding_mask(tiny_model, attention_dropout):
+    """At all positions that are not padding, and in the gradients of their sum."""
+    source, target = random_ids(T=12)
+    source[1, 5:], target[1, 7:], target[2, 1:] = PAD, PAD, PAD
+    for block in tiny_model.train().modules():
+        if isinstance(block, MultiHeadAttentionBlock):
+            block.dropout.p = attention_dropout
+        elif isinstance(block, Dropout):
+            block.p = 0.0
+    results = []
+    for mask in (padding_mask(target) & causal_mask(12), None):
+        torch.manual_seed(0)
+        tiny_model.zero_grad()
+        found = tiny_model(source, target, padding_mask(source), mask)[target != PAD]
+        found.sum().backward()
+        results.append([found, *(p.grad.clone() for p in tiny_model.parameters())])
+    for with_mask, without in zip(*results, strict=True):
+        assert torch.allclose(with_mask, without, atol=1e-5)
+
+
 def test_scores_are_recorded_before_dropout():
     block = MultiHeadAttentionBlock(16, 2, dropout=0.9).train()
     block.record = True
@@ -181,6 +202,47 @@ def test_matrices_are_initialized_xavier_uniform():
     weight = model.encoder.layers[0].feed_forward_block.linear_1.weight
     bound = math.sqrt(6 / (weight.size(0) + weight.size(1)))
     assert 0.95 * bound < weight.abs().max() <= bound
+
+
+def torch_layer_weights(block: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a block under the names of PyTorch's TransformerEncoderLayer or TransformerDecoderLayer."""
+    D = block.self_attention_block.w_q.in_features
+    attentions = {"self_attn": block.self_attention_block}
+    if hasattr(block, "cross_attention_block"):
+        attentions["multihead_attn"] = block.cross_attention_block
+    weights = {}
+    for name, attention in attentions.items():
+        weights[f"{name}.in_proj_weight"] = torch.cat([w.weight for w in (attention.w_q, attention.w_k, attention.w_v)])
+        weights[f"{name}.out_proj.weight"] = attention.w_o.weight
+        weights |= {f"{name}.in_proj_bias": torch.zeros(3 * D), f"{name}.out_proj.bias": torch.zeros(D)}
+    for i, residual in enumerate(block.residual_connections, start=1):
+        weights |= {f"norm{i}.{name}": w for name, w in residual.norm.state_dict().items()}
+    for i, linear in enumerate((block.feed_forward_block.linear_1, block.feed_forward_block.linear_2), start=1):
+        weights |= {f"linear{i}.{name}": w for name, w in linear.state_dict().items()}
+    return weights
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_encoder_and_decoder_equal_those_of_pytorch_with_the_same_weights(norm):
+    torch.manual_seed(0)
+    model = build_transformer(50, 50, 20, 20, d_model=32, N=2, h=4, d_ff=64, norm=norm).eval()
+    for name, parameter in model.named_parameters():
+        if ".norm." in name:
+            nn.init.normal_(parameter, mean=1.0)  # otherwise a LayerNorm in the wrong place might not matter
+    sizes = {"d_model": 32, "nhead": 4, "dim_feedforward": 64, "norm_first": norm == "pre", "batch_first": True}
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**sizes), 2, model.encoder.norm, False).eval()
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**sizes), 2, model.decoder.norm).eval()
+    for theirs, ours in ((encoder, model.encoder), (decoder, model.decoder)):
+        for layer, block in zip(theirs.layers, ours.layers, strict=True):
+            layer.load_state_dict(torch_layer_weights(block))
+    x, y = torch.randn(2, 9, 32), torch.randn(2, 7, 32)
+    ids = torch.full((2, 9), 4)
+    ids[1, 5:] = PAD
+    expected = decoder(
+        y, encoder(x, src_key_padding_mask=ids == PAD), ~causal_mask(7)[0], memory_key_padding_mask=ids == PAD
+    )
+    mask = padding_mask(ids)
+    assert torch.allclose(model.decoder(y, model.encoder(x, mask), mask, causal_mask(7)), expected, atol=1e-5)
 
 
 def test_weights_have_the_names_of_the_tutorial():

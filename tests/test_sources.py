@@ -1,7 +1,10 @@
 """Every kind of source gives the same pairs, bad sources give one clear line, and splits are seeded and disjoint."""
 
+import gzip
 import json
+import sys
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import datasets
 import pyarrow as pa
@@ -9,11 +12,27 @@ import pyarrow.parquet as pq
 import pytest
 
 from config import InputError, get_config
-from corpora import sources
+from corpora import files, sources
 from corpora.sources import count_shared, load_pairs, load_split
 from dataset import count_blank
 
 ROWS = [("One.", "Uno."), ("Two, too.", "Due."), ("Three!", "Tre!")]
+
+
+def tmx(*units: dict[str, str]) -> str:
+    """A TMX file of units, each a dictionary of language tags and texts."""
+    variants = (
+        "".join(f'<tuv xml:lang="{tag}"><seg>{escape(text)}</seg></tuv>' for tag, text in u.items()) for u in units
+    )
+    body = "\n".join(f"<tu>{unit}</tu>" for unit in variants)
+    return f'<?xml version="1.0"?><!DOCTYPE tmx SYSTEM "tmx14.dtd"><tmx><header/><body>{body}</body></tmx>'
+
+
+def compress(path: Path) -> str:
+    """Compresses a file with gzip, removes the original, and returns the new name."""
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return f"{path}.gz"
 
 
 def write(folder: Path, kind: str) -> str:
@@ -28,10 +47,23 @@ def write(folder: Path, kind: str) -> str:
         path.write_text("".join(json.dumps({"translation": row}) + "\n" for row in translations))
     elif kind == "parquet":
         pq.write_table(pa.table({"translation": translations}), path)
-    elif kind == "aligned":
+    elif kind == "tmx":
+        path.write_text(tmx(*({"en-US": en, "it-IT": it} for en, it in ROWS)))
+    elif kind == "xlsx":
+        workbook = pytest.importorskip("openpyxl").Workbook()
+        for row in [("it", "en"), *((it, en) for en, it in ROWS)]:
+            workbook.active.append(row)
+        workbook.save(path)
+    elif kind.startswith("aligned"):
         for i, lang in enumerate(("en", "it")):
             (folder / f"corpus.{lang}").write_text("".join(row[i] + "\n" for row in ROWS))
+        if kind == "aligned, one compressed":
+            compress(folder / "corpus.it")
         return str(folder / "corpus")
+    elif kind.endswith(".gz"):
+        return compress(Path(write(folder, kind.removesuffix(".gz"))))
+    elif kind.isupper():
+        return str(Path(write(folder, kind.lower())).rename(path))
     elif kind in ("hub", "hub with subsets"):
         subset = folder / "hub" / ("en-it" if "subsets" in kind else ".")
         subset.mkdir(parents=True)
@@ -50,7 +82,8 @@ def write(folder: Path, kind: str) -> str:
     return str(path)
 
 
-KINDS = ["tsv", "csv", "jsonl", "parquet", "aligned", "hub", "hub with subsets", "hub with columns"]
+KINDS = ["tsv", "csv", "jsonl", "parquet", "xlsx", "tmx", "aligned", "hub", "hub with subsets", "hub with columns"]
+KINDS += ["csv.gz", "jsonl.gz", "tmx.gz", "aligned, one compressed", "CSV", "JSONL", "PARQUET", "TMX", "XLSX"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +111,7 @@ def test_the_error_for_a_missing_language_lists_the_available_ones(tmp_path, kin
     with pytest.raises(InputError) as error:
         load_pairs(source, get_config("toy", lang_tgt="fr"))
     assert "fr" in str(error.value)
-    assert "it" in str(error.value) or kind == "aligned"
+    assert "it" in str(error.value) or "aligned" in kind
 
 
 @pytest.mark.parametrize(
@@ -93,6 +126,18 @@ def test_the_error_for_a_missing_language_lists_the_available_ones(tmp_path, kin
         ({"a.jsonl": '{"en": "1", "it": "1"}\n{"en": \n'}, "a.jsonl", ["line 2", "JSON"]),
         ({"a.jsonl": '{"en": 1, "it": "1"}\n'}, "a.jsonl", ["row 1", "string"]),
         ({"a.jsonl": '[1]\n'}, "a.jsonl", ["row 1", "en"]),
+        ({"a.txt": "1\n"}, "a.txt", ["another format", ".tsv", ".tmx"]),
+        ({"a.parquet.gz": "1\n"}, "a.parquet.gz", ["another format"]),
+        ({"a.en.gz": "1\n"}, "a.en.gz", ["common prefix, a"]),
+        ({}, "a:b.tsv", ["no file a:b.tsv"]),
+        ({"a.tsv.gz": "1\t2\n"}, "a.tsv.gz", ["a.tsv.gz is damaged", "gzip"]),
+        ({"a.tsv.gz": gzip.compress(b"1\t2\n" * 99)[:-9]}, "a.tsv.gz", ["a.tsv.gz is damaged"]),
+        ({"a.en": "1\n", "a.it.gz": "1\n"}, "a", ["a.it.gz is damaged"]),
+        ({"a.en.gz": gzip.compress(b"1\n2\n"), "a.it": "1\n"}, "a", ["a.en.gz has 2 lines", "1;"]),
+        ({"a.tmx": tmx({"en": "1", "it": "1"})[:-9]}, "a.tmx", ["a.tmx is not a TMX file", "line 1"]),
+        ({"a.tmx": tmx({"en": "1", "fr": "1"})}, "a.tmx", ["no language 'it'", "en, fr"]),
+        ({"a.tmx": "<tmx/>"}, "a.tmx", ["contains no pairs"]),
+        ({"a.tmx": '<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>'}, "a.tmx", ["declares XML entities"]),
         ({"a.parquet": "no"}, "a.parquet", ["Parquet"]),
         ({"a.tsv": ""}, "a.tsv", ["a.tsv contains no pairs"]),
         ({"a.en": "", "a.it": ""}, "a", ["contains no pairs"]),
@@ -130,6 +175,51 @@ def test_blank_lines_are_blank_pairs(tmp_path, name, text):
     pairs = load_pairs(str(tmp_path / name), get_config("toy"))
     assert list(pairs["src"]) == ["one", ""]
     assert count_blank(pairs) == 1
+
+
+def test_a_tmx_file_may_have_inline_codes_variants_of_languages_and_incomplete_units(tmp_path):
+    units = [
+        {"EN-GB": "A & b.", "en-US": "Another.", "IT": "A e b."},
+        {"fr": "Oui.", "it": "Sì."},
+        {"en_us": "Bold.", "it": "Grassetto."},
+    ]
+    text = tmx(*units).replace(
+        "Bold.", '<bpt i="1">&lt;b&gt;<sub>note</sub></bpt><hi>Bo</hi>ld<ept i="1">&lt;/b&gt;</ept>.'
+    )
+    (tmp_path / "a.tmx").write_text(text, encoding="utf16")  # with a byte-order mark
+    pairs = load_pairs(str(tmp_path / "a.tmx"), get_config("toy"))
+    assert list(zip(pairs["src"], pairs["tgt"], strict=True)) == [
+        ("A & b.", "A e b."),
+        ("", "Sì."),
+        ("Bold.", "Grassetto."),
+    ]
+
+
+def test_units_of_a_tmx_file_are_read_across_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "XML_BYTES", 7)
+    assert files.format_of("A.Tmx.GZ") == ".tmx"
+    (tmp_path / "a.tmx").write_text(tmx(*({"en": f"word {i}", "it": f"parola {i}"} for i in range(5))))
+    rows = list(files.read_tmx(str(tmp_path / "a.tmx"), ("en", "it")))
+    assert rows == [{"en": f"word {i}", "it": f"parola {i}"} for i in range(5)]
+
+
+def test_numbers_and_empty_cells_of_a_workbook_are_texts(tmp_path):
+    workbook = pytest.importorskip("openpyxl").Workbook()
+    for row in [("One.", 1), (None, None), ("Two.", None)]:
+        workbook.active.append(row)
+    workbook.save(tmp_path / "a.xlsx")
+    pairs = load_pairs(str(tmp_path / "a.xlsx"), get_config("toy"))
+    assert list(zip(pairs["src"], pairs["tgt"], strict=True)) == [("One.", "1"), ("", ""), ("Two.", "")]
+    (tmp_path / "a.xlsx").write_bytes(b"no")
+    with pytest.raises(InputError, match=r"a\.xlsx is not an Excel workbook .*save it again"):
+        load_pairs(str(tmp_path / "a.xlsx"), get_config("toy"))
+
+
+def test_without_openpyxl_a_workbook_gives_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(InputError, match="needs the package openpyxl; run pip install openpyxl, or save"):
+        load_pairs(str(tmp_path / "a.xlsx"), get_config("toy"))
 
 
 def test_a_quoted_csv_cell_keeps_its_newline(tmp_path):

@@ -10,13 +10,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, checkpoints, run_path
 
 import train
-from compute.ops import Dropout, fused_loss
+from compute.device import LossScaler
+from compute.ops import LOGITS_PER_CHUNK, Dropout, fused_loss
 from config import Config, InputError, get_config
 from dataset import get_ds
 from runs.checkpoint import load_checkpoint
@@ -178,7 +180,7 @@ def is_identical(a, b) -> bool:
 def final_state(config: Config) -> dict:
     """What changes while training, from the last checkpoint of a run."""
     state = load_checkpoint(checkpoints(config)[-1])
-    return {name: state[name] for name in ("model", "ema_model", "optimizer", "progress", "rng")}
+    return {name: state[name] for name in ("model", "ema_model", "optimizer", "scaler", "progress", "rng")}
 
 
 @pytest.mark.slow
@@ -244,7 +246,7 @@ def test_the_parts_above_are_all_that_a_checkpoint_restores(tiny_config):
     train_model(replace(tiny_config, max_steps=1, ema_decay=0.9))
     state = load_checkpoint(checkpoints(tiny_config)[-1])
     compared = {"schema", "name", "config", "corpus", "tokenizers"}
-    assert set(state) - compared == {field.split(".")[0] for field in STATE}
+    assert set(state) - compared == {"scaler"} | {field.split(".")[0] for field in STATE}  # scaler: used in fp16 only
     assert set(state["progress"]) == {field.split(".")[1] for field in STATE if field.startswith("progress")}
 
 
@@ -429,7 +431,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tiny_config, t
     config = replace(tiny_config, num_epochs=60)
     command = [sys.executable, "-u", str(ROOT / "train.py"), *flags_of(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert any("Epoch 00" in line for line in iter(process.stderr.readline, ""))  # training has begun
+    assert any("Epoch 00" in line for line in iter(process.stdout.readline, ""))  # training has begun
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
@@ -596,20 +598,118 @@ def test_rdrop_is_half_of_equation_4_of_wu_et_al():
     logits = torch.randn(2, 3, 10, dtype=torch.double)
 
     class GivenLogits:
-        def hidden(self, encoder_input, *_):
+        def hidden(self, encoder_input, *_, decoder_mask):
             assert len(encoder_input) == 2  # both passes of one sentence
             return logits
 
         def project(self, x):
             return x
 
-    batch = [torch.zeros(1, 3)] * 4
+        projection_layer = SimpleNamespace(proj=torch.nn.Linear(1, logits.size(-1)))
+
+    batch = [torch.zeros(1, 3)] * 3
     label, eps, alpha = torch.tensor([4, 5, 6]), 0.1, 3.0
     p, q = logits.float().softmax(-1)
     losses = [torch.nn.functional.cross_entropy(z.float(), label, label_smoothing=eps, reduction="sum") for z in logits]
     divergences = (p * (p / q).log()).sum() + (q * (q / p).log()).sum()
     expected = (losses[0] + losses[1] + alpha / 2 * divergences) / 2
     assert torch.allclose(rdrop(GivenLogits(), LossInputs(*batch, torch.arange(3), label), eps, alpha), expected)
+
+
+def test_rdrop_in_chunks_equals_rdrop_at_once(tiny_config, monkeypatch):
+    run = ManualRun(replace(tiny_config, rdrop_alpha=5.0))
+    inputs, results = LossInputs.of(run.train[list(range(8))], CPU), []
+    V = run.model.projection_layer.proj.out_features
+    for tokens in (len(inputs.target_tokens), 7):  # per chunk
+        monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", tokens * 2 * V)
+        torch.manual_seed(0)
+        run.model.zero_grad()
+        loss = run.loss_module(inputs)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in run.model.parameters())])
+    for at_once, in_chunks in zip(*results, strict=True):
+        assert torch.allclose(at_once, in_chunks, rtol=1e-4, atol=1e-4)
+
+
+def overflowing(config: Config, monkeypatch) -> Config:
+    """The config in fp16, with a loss scale at which the gradients of the first steps overflow."""
+    scaler = LossScaler.__init__
+
+    def with_large_scale(self, *args):
+        scaler(self, *args)
+        self._init_scale = 2.0**40
+
+    monkeypatch.setattr(LossScaler, "__init__", with_large_scale)
+    return replace(config, precision="fp16")
+
+
+def test_an_overflow_in_fp16_skips_the_step_halves_the_scale_and_is_counted(tiny_config, monkeypatch):
+    run = ManualRun(overflowing(tiny_config, monkeypatch))
+    run.loss_module.precision = "fp16"
+    log = TrainingLog(RunFolder.of(tiny_config), 0, run.state.scaler)
+    before = run.state.model.state_dict()["encoder.norm.weight"].clone()
+    report = run.step(run.train[[0, 1, 2]])
+    log.add(0, report)
+    log.check_finite()
+    assert report.loss.isfinite()
+    assert not report.gradient_norm.isfinite()
+    assert torch.equal(run.model.encoder.norm.weight, before)
+    assert (run.state.scaler.get_scale(), run.state.scaler.skipped_steps) == (2.0**39, 1)
+    assert "1 step skipped" in log.write(1, 1e-3)
+    for _ in range(40):
+        log.add(1, report := run.step(run.train[[0, 1, 2]]))
+        if report.gradient_norm.isfinite():
+            break
+    log.check_finite()
+    assert not torch.equal(run.model.encoder.norm.weight, before)
+    assert run.state.scaler.get_scale() == 2.0 ** (40 - run.state.scaler.skipped_steps)
+
+
+def test_overflows_that_no_scale_prevents_are_an_error(tiny_config):
+    run = ManualRun(replace(tiny_config, precision="fp16"))
+    log = TrainingLog(RunFolder.of(tiny_config), 0, run.state.scaler)
+    run.model.projection_layer.proj.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(InputError, match=r"gradient norm (nan|inf) at step 17, .* lower --lr or use fp32"):
+        for step in range(40):  # the scale is 2^16 at first
+            log.add(step, run.step(run.train[[0]]))
+            log.check_finite()
+
+
+def test_gradients_in_fp16_are_unscaled_before_they_are_clipped_and_averaged(tiny_config):
+    """Steps in fp16 move the weights and their EMA as steps in fp32 do."""
+    vectors = []
+    for precision in ("fp32", "fp16"):
+        run = ManualRun(replace(tiny_config, precision=precision, dropout=0.0, clip_norm=0.01, ema_decay=0.9))
+        run.loss_module.precision = precision
+        for first in range(3):
+            report = run.step(run.train[[first]], run.train[[first + 1, first + 2]])  # two accumulated batches
+        vectors.append(torch.nn.utils.parameters_to_vector(run.state.ema_model.parameters()))
+        vectors.append(report.gradient_norm)
+    assert vectors[2] == pytest.approx(vectors[0], abs=5e-3)
+    assert vectors[3].item() == pytest.approx(vectors[1].item(), rel=1e-2)
+
+
+@pytest.mark.slow
+def test_a_run_in_fp16_that_is_interrupted_after_an_overflow_ends_bit_identical(tiny_config, tmp_path, monkeypatch):
+    config = overflowing(replace(tiny_config, lr_schedule="constant", num_epochs=5), monkeypatch)
+    uninterrupted = replace(config, run_dir=str(tmp_path / "uninterrupted"))
+    for max_steps in (3, 11, 0):
+        train_model(replace(config, max_steps=max_steps))
+    train_model(uninterrupted)
+    end = final_state(uninterrupted)
+    assert 3 < end["scaler"]["skipped_steps"] < end["progress"]["step"]
+    assert is_identical(final_state(config), end)
+
+
+@pytest.mark.slow
+def test_fp16_reaches_the_loss_of_fp32(tmp_path):
+    """Within 1% after 500 steps on the toy corpus."""
+    losses = []
+    for precision in ("fp32", "fp16"):
+        config = get_config("toy", run_dir=str(tmp_path / precision), precision=precision, max_steps=500, device="cpu")
+        train_model(replace(config, validation_sentences=0))
+        losses.append(RunFolder.of(config).read_scores()[-1]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
 def test_a_lost_run_is_restored_from_its_mirror_and_resumes(tiny_config, tmp_path, capsys):

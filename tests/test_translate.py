@@ -54,8 +54,8 @@ def test_auto_precision_is_bf16_for_a_large_model_on_a_cpu_with_bf16_support(mon
         assert choose_precision("auto", cpu, large) == expected
         assert choose_precision("auto", cpu, small) == "fp32"
         assert choose_precision("fp32", cpu, large) == "fp32"
-    with pytest.raises(InputError, match="no precision 'fp16'"):
-        choose_precision("fp16", cpu, small)
+    with pytest.raises(InputError, match="no precision 'fp8'"):
+        choose_precision("fp8", cpu, small)
 
 
 @pytest.mark.slow

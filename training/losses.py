@@ -5,15 +5,16 @@ S  source length in tokens    D  d_model
 T  target length in tokens    V  target vocabulary
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from compute.device import autocast
-from compute.ops import fused_loss
-from dataset import PAD
+from compute.ops import LOGITS_PER_CHUNK, fused_loss
 from model import Transformer
 
 
@@ -23,23 +24,18 @@ class LossInputs(NamedTuple):
     encoder_input: Tensor  # (B, S)
     decoder_input: Tensor  # (B, T)
     encoder_mask: Tensor  # (B, 1, 1, S)
-    decoder_mask: Tensor  # (B, 1, T, T)
-    positions: Tensor  # (N,), indices of the target tokens in the flattened batch (B T)
-    label: Tensor  # (N,), the target tokens
+    target_positions: Tensor  # (N,), indices of the target tokens in the flattened batch (B T)
+    target_tokens: Tensor  # (N,)
 
     @classmethod
     def of(cls, batch: dict, device: torch.device) -> "LossInputs":
-        """The inputs for a batch. Positions are found on the host, because on a GPU this would need synchronization."""
-        label = batch["label"].flatten()
-        positions = (label != PAD).nonzero().squeeze(1)
-        names = ("encoder_input", "decoder_input", "encoder_mask", "decoder_mask")
-        tensors = [*(batch[name] for name in names), positions, label[positions]]
-        return cls(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        """The inputs for a batch. If the batch is in pinned memory, the host does not wait for the copies to a GPU."""
+        return cls(*(batch[name].to(device, non_blocking=True) for name in cls._fields))
 
 
 def count_target_tokens(batch: dict) -> int:
     """The number of target tokens in a batch, without padding."""
-    return int((batch["label"] != PAD).sum())
+    return len(batch["target_tokens"])
 
 
 class TrainingLoss(nn.Module):
@@ -52,7 +48,7 @@ class TrainingLoss(nn.Module):
 
     def forward(self, inputs: LossInputs) -> Tensor:
         """The loss in nats, summed over the N target tokens."""
-        with autocast(inputs.label.device, self.precision):
+        with autocast(inputs.target_tokens.device, self.precision):
             if self.rdrop_alpha:
                 return rdrop(self.model, inputs, self.label_smoothing, self.rdrop_alpha)
             return cross_entropy(self.model, inputs, self.label_smoothing)
@@ -60,8 +56,8 @@ class TrainingLoss(nn.Module):
 
 def cross_entropy(model: Transformer, inputs: LossInputs, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy in nats, summed over the N target tokens; padding is dropped before the projection."""
-    encoder_input, decoder_input, encoder_mask, decoder_mask, positions, label = inputs
-    x = model.hidden(encoder_input, decoder_input, encoder_mask, decoder_mask)  # (B, T, D)
+    *tensors, positions, label = inputs
+    x = model.hidden(*tensors, decoder_mask=None)  # (B, T, D)
     x = x.flatten(0, 1).index_select(0, positions)  # (B T, D) -> (N, D)
     return fused_loss(x, model.projection_layer.proj, label, label_smoothing)
 
@@ -73,9 +69,20 @@ def rdrop(model: Transformer, inputs: LossInputs, label_smoothing: float, alpha:
     times the symmetric Kullback-Leibler divergence between the two predictions.
     """
     *tensors, positions, label = inputs
-    x = model.hidden(*(torch.cat([tensor, tensor]) for tensor in tensors))  # (2 B, T, D)
+    x = model.hidden(*(torch.cat([tensor, tensor]) for tensor in tensors), decoder_mask=None)  # (2 B, T, D)
     x = x.unflatten(0, (2, -1)).flatten(1, 2).index_select(1, positions)  # (2, B T, D) -> (2, N, D)
-    logits = model.project(x).float()  # (2, N, V)
+    V, loss = model.projection_layer.proj.out_features, x.new_zeros(())
+    chunk = max(1, LOGITS_PER_CHUNK[x.device.type] // (2 * V))
+    for x_, label_ in zip(x.split(chunk, 1), label.split(chunk), strict=True):
+        # Logits are computed again in the backward pass, so that only those of one chunk are in memory.
+        arguments = model.project, x_, label_, label_smoothing, alpha
+        loss = loss + checkpoint(rdrop_of_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return loss
+
+
+def rdrop_of_chunk(project: Callable, x: Tensor, label: Tensor, label_smoothing: float, alpha: float) -> Tensor:
+    """R-Drop of some of the target tokens, from the decoder outputs of both runs (2, n, D)."""
+    logits = project(x).float()  # (2, n, V)
     loss = F.cross_entropy(logits.flatten(0, 1), label.repeat(2), label_smoothing=label_smoothing, reduction="sum")
     log_p, log_q = logits.log_softmax(-1)
     divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()  # KL(p, q) + KL(q, p)

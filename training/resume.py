@@ -8,29 +8,32 @@ from config import FIXED_FIELDS, Config, InputError
 from dataset import BilingualDataset
 from runs.checkpoint import DamagedCheckpoint, load_checkpoint
 from runs.folder import RunFolder
-from translate import check_tokenizers
+from training.initial import load_initial_run
+from translate import Translator, check_tokenizers
 
 
 class ResumePoint(NamedTuple):
-    """The checkpoint to resume from, if any, and the files that must be set aside before training."""
+    """The checkpoint to resume from, or the run to start from, if any; the files to set aside before training."""
 
     path: Path | None
     state: dict | None
     conflicting: list[Path]
+    initial: Translator | None = None
 
 
 def find_resume_point(folder: RunFolder, config: Config) -> ResumePoint:
     """What `preload` selects: the newest readable checkpoint, that of an epoch, or none.
 
-    Raises InputError if that checkpoint is missing, damaged or of a run with other settings.
+    Without a checkpoint, the run in `init_from`. Raises InputError if the checkpoint or that run is missing, damaged or
+    has other settings.
     """
     files = folder.checkpoints()
     scores = [folder.scores_file] if folder.scores_file.is_file() else []
     if config.preload == "none":
-        return ResumePoint(None, None, files + scores)
+        return ResumePoint(None, None, files + scores, load_initial_run(config))
     found = folder.load_newest() if config.preload == "latest" else load_epoch(folder, int(config.preload))
     if found is None:
-        return ResumePoint(None, None, scores)
+        return ResumePoint(None, None, scores, load_initial_run(config))
     path, state = found
     check_same_settings(config, state["config"], path)
     later = files[files.index(path) + 1 :] if config.preload != "latest" else []

@@ -4,9 +4,10 @@ import copy
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compute import distributed
+from compute.device import LossScaler, choose_precision
 from config import Config
 from model import Transformer, get_model
 from translate import load_state_dict
@@ -32,6 +33,7 @@ class TrainingState:
     model: Transformer
     ema_model: Transformer | None
     optimizer: torch.optim.AdamW
+    scaler: LossScaler
     progress: Progress = field(default_factory=Progress)
     stop_signal: int = 0  # the signal that ended training; 0: none; not saved
 
@@ -43,7 +45,8 @@ class TrainingState:
         if not distributed.is_first():
             torch.manual_seed(config.seed + distributed.rank())
         ema_model = copy.deepcopy(model).requires_grad_(False).eval() if config.ema_decay else None
-        return cls(model, ema_model, make_optimizer(model, config, device))
+        scaler = LossScaler(device, choose_precision(config.precision, device, model))
+        return cls(model, ema_model, make_optimizer(model, config, device), scaler)
 
     @property
     def evaluated_model(self) -> Transformer:
@@ -63,12 +66,18 @@ class TrainingState:
         decay = min(decay, (1 + self.progress.step) / (10 + self.progress.step))
         torch._foreach_lerp_(list(self.ema_model.parameters()), list(self.model.parameters()), 1 - decay)
 
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Replaces the weights and their EMA, at the start of a run."""
+        for model in filter(None, (self.model, self.ema_model)):
+            load_state_dict(model, weights)
+
     def state_dict(self) -> dict:
         """The state as plain values and tensors. All processes must call it, because it gathers their generators."""
         return {
             "model": self.model.state_dict(),
             "ema_model": self.ema_model.state_dict() if self.ema_model else None,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
             "rng": distributed.gather(rng_state()),
         }
@@ -82,6 +91,7 @@ class TrainingState:
         saved = state["optimizer"]
         groups = [{**group, **settings} for group, settings in zip(saved["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict({**saved, "param_groups": groups})
+        self.scaler.load_state_dict(state.get("scaler", {}))  # added later than the other parts
         self.progress = Progress(**state["progress"])
         if len(state["rng"]) == distributed.world_size():  # otherwise the dropout masks will differ
             set_rng_state(state["rng"][distributed.rank()])
