@@ -236,7 +236,7 @@ def show_translation(view: View) -> None:
         lines.append(
             f"<div class='said before'>{html.escape(view.baseline.text)} <span class=note>{before}</span></div>"
         )
-        about.append(f"the baseline's translation: {compared.change:+.3f} nats")
+        about.append(f"ln p of the baseline's translation: {compared.change:+.3f} nats")
     if view.stage.prefix:
         about.append(f"starts with your {len(view.stage.prefix)} tokens")
     lines.append(f"<div class=said>{translation_html(view)}</div><div class=note>{' · '.join(about)}</div>")

@@ -13,7 +13,7 @@ import altair as alt
 import tyro
 
 from config import InputError, parse, run_command
-from corpora.sources import read_text_file
+from corpora.files import read_text_file
 from interpret.architecture import preset_architecture, run_architecture
 from interpret.charts import SUFFIXES, grid, mean_heads, save_picture, single_head, top_keys
 from interpret.measures import check_heads, weights_of_query

@@ -255,7 +255,7 @@ def gallery_rows(
     rows = []
     for layer, head in np.ndindex(L, H):
         top = np.argsort(-weights[layer, head, row], kind="stable")[:3]
-        texts = [f"{keys[k]} {weights[layer, head, row, k]:.2f}" for k in top]
+        texts = [] if (layer, head) in off else [f"{weights[layer, head, row, k]:.2f} {keys[k]}" for k in top]
         role, about = roles.get((layer, head), ("", ""))
         rows.append({
             "key": f"{layer}.{head}", "image": images[layer, head], "name": f"{layer}.{head}", "role": role,
@@ -324,7 +324,8 @@ def gallery(heads: Table, layers: int) -> alt.LayerChart:
 # ---------------------------------------------------------------------------- heat maps
 
 MAP_HEIGHT, HEADER = 400, 78  # of a heat map, and of the labels of its columns
-LABELS = 0.24  # of the width, for the labels of rows
+LABELS = 0.42  # of the width at most, for the labels of rows
+NARROW = 420  # pixels, a usual width of a heat map
 
 
 def cell_rows(
@@ -332,23 +333,24 @@ def cell_rows(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The cells and labels of `heat_map` for weights (Q, K). With `causal`, masked cells are omitted."""
     Q, K = weights.shape
-    height, width = (MAP_HEIGHT - HEADER) / Q, (1 - LABELS) / K
     names = [row_name(query) for query in queries]
+    left = min(LABELS, max(map(text_width, names)) / NARROW)
+    height, width = (MAP_HEIGHT - HEADER) / Q, (1 - left) / K
     cells = [
         {"key": f"{q}-{k}", "row": q, "column": k, "query": names[q], "token": keys[k], "weight": float(weights[q, k]),
          "number": f"{weights[q, k]:.2f}" if height >= 13 and abs(weights[q, k]) >= 0.005 else "",
-         "x0": LABELS + width * k, "x1": LABELS + width * (k + 0.96), "x": LABELS + width * (k + 0.48),
+         "x0": left + width * k, "x1": left + width * (k + 0.96), "x": left + width * (k + 0.48),
          "y0": HEADER + height * q, "y1": HEADER + height * (q + 0.95), "y": HEADER + height * (q + 0.475),
          "on": q == row, "command": f"row {q}", "about": f"cell {q} {k}: {weights[q, k]:.4f}"}
         for q in range(Q) for k in range(q + 1 if causal else K)
     ]  # fmt: skip
     size = min(12.5, 0.8 * height)
     labels = [
-        {"key": f"q{q}", "side": "query", "label": name, "x": LABELS - 0.015, "y": HEADER + height * (q + 0.475),
+        {"key": f"q{q}", "side": "query", "label": name, "x": left - 0.015, "y": HEADER + height * (q + 0.475),
          "size": size, "on": q == row, "command": f"row {q}"}
         for q, name in enumerate(names)
     ] + [
-        {"key": f"k{k}", "side": "key", "label": key, "x": LABELS + width * (k + 0.4), "y": HEADER - 8.0, "size": 12.5,
+        {"key": f"k{k}", "side": "key", "label": key, "x": left + width * (k + 0.4), "y": HEADER - 8.0, "size": 12.5,
          "on": False, "command": ""}
         for k, key in enumerate(keys)
     ]  # fmt: skip
@@ -370,7 +372,7 @@ def heat_map(cells: Table, labels: Table, diverging: bool = False, width: str = 
     side = {"x": x_of("x"), "y": y_of("y"), "text": "label:N", "key": "key:N", "size": as_is(alt.Size, "size")}
     row_labels = alt.Chart(labels).transform_filter("datum.side == 'query'").encode(**side)
     column_labels = alt.Chart(labels).transform_filter("datum.side == 'key'").encode(**side)
-    right = {"align": "right", "limit": alt.ExprRef(f"{LABELS - 0.02} * {width}"), "cursor": "pointer"}
+    right = {"align": "right", "limit": alt.ExprRef(f"datum.x * {width}"), "cursor": "pointer"}
     frame = base.transform_filter("datum.on").transform_aggregate(
         x0="min(x0)", x1="max(x1)", y0="min(y0)", y1="max(y1)", groupby=["row"]
     )

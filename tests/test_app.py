@@ -13,6 +13,7 @@ import sys
 import time
 import tomllib
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from conftest import ROOT
 from dataset import SOS
 from interpret.stage import Stage
 from interpret.theme import DARK, LIGHT
-from interpret.trace import recorded_pass
+from interpret.trace import merge_bytes, record_trace, recorded_pass
+from train import train_model
 from translate import Translator
 
 pytest.importorskip("streamlit")
@@ -58,6 +60,7 @@ def test_the_settings_keep_the_app_on_this_machine_and_in_the_colors_of_the_them
         assert (colors["primaryColor"], colors["textColor"]) == (palette.read, palette.text)
 
 
+@pytest.mark.slow
 def test_python_names_the_command_that_starts_the_app():
     done = subprocess.run([sys.executable, ROOT / "app.py"], capture_output=True, text=True)
     assert "streamlit run app.py" in done.stdout
@@ -140,6 +143,23 @@ def test_a_film_ends_at_the_last_step(app, monkeypatch):
         app.run()
     assert not app.session_state["playing"]
     assert not app.exception
+
+
+def test_a_run_with_subwords_joins_the_bytes_of_a_character(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replace(tiny_config, tokenizer="bpe", vocab_size=400, num_epochs=1, run_dir="weights/tiny")
+    train_model(config)
+    app = AppTest.from_file(ROOT / "app.py", default_timeout=120).run()
+    app.text_input[0].set_value("The café 🍎 is old.").run()
+    assert not app.exception
+    assert not app.error
+    for kind in ("encoder", "decoder", "cross"):
+        app.session_state["stage"] = replace(stage_of(app), kind=kind, panel="Inside the head", row=5)
+        app.run()
+        assert not app.exception
+    trace = record_trace(Translator.load("weights/tiny", "cpu"), "The café 🍎 is old.", "")
+    assert any(token.startswith("<0x") for token in trace.src_tokens)
+    assert "🍎" in merge_bytes(trace).src_tokens
 
 
 @pytest.mark.slow

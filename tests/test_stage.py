@@ -129,9 +129,9 @@ def test_bars_show_four_decimals_and_the_sum():
 
 def test_the_gallery_names_the_three_largest_weights_of_each_head():
     weights = np.stack([WEIGHTS, WEIGHTS[::-1]])[None]  # (1, 2, 3, 4)
-    roles = {(0, 0): ("aligner", "about it")}
+    roles = {(0, 0): ("aligner", "entropy 0.1 bits")}
     heads = stage_charts.gallery_rows(weights, KEYS, 1, roles, LIGHT.weights, [(0, 0)], {(0, 1)})
-    assert heads[["a", "b", "c"]].iloc[0].tolist() == ["apple 0.95", "an 0.05", "[SOS] 0.00"]
+    assert heads[["a", "b", "c"]].iloc[0].tolist() == ["0.95 apple", "0.05 an", "0.00 [SOS]"]
     assert heads[["role", "on", "off"]].values.tolist() == [["aligner", True, False], ["", False, True]]
     assert heads["image"].str.startswith("data:image/png;base64,").all()
 
