@@ -263,7 +263,7 @@ def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
     """Creates the run's folder and locks it for this process."""
     folder.check_writable()
     if config.mirror_dir:
-        mirror.check_mounted(RunFolder(config.mirror_dir))
+        mirror.check(RunFolder(config.mirror_dir), folder, config)
     folder.create()
     with folder.locked():
         folder.sweep()
@@ -273,6 +273,10 @@ def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
 def warn_shared_pairs(train_pairs: Dataset, validation_pairs: Dataset) -> None:
     if shared := count_shared(train_pairs, validation_pairs):
         warn(f"validation pairs that are also in the training set: {shared:,}; scores will be too optimistic")
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def warn(line: str) -> None:
@@ -292,7 +296,7 @@ def planned_steps(config: Config, batches_per_epoch: int) -> int:
 def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Module, precision: str) -> None:
     """Prints device, run folder, corpus, model size and number of steps."""
     device, train, validation, tokenizer_src, tokenizer_tgt, _ = prepared
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model)
     sizes = tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"device       {device.type} ({device_name(device)}), {precision}{processes}")
@@ -392,7 +396,7 @@ def validate(
 def update_mirror(config: Config, folder: RunFolder, log: TrainingLog) -> None:
     if config.mirror_dir:
         log.flush()
-        mirror.update(RunFolder(config.mirror_dir), folder)
+        mirror.update(RunFolder(config.mirror_dir), folder, config.best_by)
 
 
 # ---------------------------------------------------------------------------- a whole run
@@ -425,6 +429,9 @@ def train_model(config: Config) -> TrainingState:
         del prepared, resume_point  # frees the loaded checkpoint
         if distributed.is_first():
             folder.save_config(config)
+            folder.save_run_id()
+            if config.mirror_dir:
+                mirror.begin(RunFolder(config.mirror_dir), count_parameters(state.model), has_ema=config.ema_decay > 0)
         log = TrainingLog(folder, state.progress.step, state.scaler)
         resources.callback(log.close)
         translator = Translator(state.evaluated_model, config, *tokenizers)

@@ -194,6 +194,9 @@ class PretendedCuda(contextlib.ExitStack):
         def first_device(lists):
             return next(t.device for tensors in lists for t in tensors if t is not None)
 
+        def autocast_on_cpu(self, device_type, *args, **kwargs):
+            autocast(self, "cpu", *args, **kwargs)
+
         on_cpu = {name: getattr(torch, name) for name in ("is_autocast_enabled", "get_autocast_dtype")}
         replaced = {
             "torch.cuda": {
@@ -215,7 +218,7 @@ class PretendedCuda(contextlib.ExitStack):
             # The values are on the CPU, so autocast for CUDA is autocast for the CPU.
             "torch": {name: lambda _, function=function: function("cpu") for name, function in on_cpu.items()}
             | {"set_float32_matmul_precision": lambda name: setattr(self, "matmul_precision", name)},
-            "torch.autocast": {"__init__": lambda self, device_type, *args, **kwargs: autocast(self, "cpu", *args, **kwargs)},
+            "torch.autocast": {"__init__": autocast_on_cpu},
         }
         for owner, attributes in replaced.items():
             for name, value in attributes.items():
