@@ -499,7 +499,7 @@ def test_ctrl_c_saves_while_workers_start(tiny_config, method):
     command = [sys.executable, "-c", code, *flags_of(config)]
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf8"}
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
-    assert any("Epoch 00" in line for line in iter(process.stderr.readline, ""))  # workers are being started
+    assert any("Epoch 00" in line for line in iter(process.stdout.readline, ""))  # those of the next epoch are started
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert "saving after this step" in errors
