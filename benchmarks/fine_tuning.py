@@ -3,8 +3,8 @@
     python benchmarks/fine_tuning.py --folder /tmp/fine_tuning
 
 The base run is trained on the toy corpus without sentences about animals, with a BPE tokenizer, which segments unknown
-words. The other two are trained on 1,000 sentences about animals, and scored on test sentences about them. The run from
-scratch has tokenizers of its own, so that losses per token cannot be compared.
+words. The others are trained for 100 steps on 1,000 sentences about animals, and scored on test sentences about them. A
+run from scratch has tokenizers of its own, so that losses per token cannot be compared.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from runs.folder import RunFolder
 from train import train_model
 
 ANIMALS = re.compile(r"\b(cat|dog|horse|bird)s?\b", re.IGNORECASE)
-TRAINING_PAIRS = 1_000
+TRAINING_PAIRS, STEPS = 1_000, 100
 
 
 def write_pairs(path: Path, split: str, about_animals: bool, limit: int | None = None) -> str:
@@ -54,7 +54,8 @@ def main() -> None:
     animals = {
         "datasource": write_pairs(folder / "animals.tsv", "train", True, TRAINING_PAIRS),
         "validation_source": write_pairs(folder / "animals_test.tsv", "test", True),
-        "num_epochs": 10,
+        "max_steps": STEPS,
+        "num_epochs": STEPS,  # more than needed
         "warmup_steps": 20,
         **settings,
     }

@@ -155,8 +155,8 @@ def describe_parts(config: Config, src_vocab_size: int, tgt_vocab_size: int, bat
     B, S, T = batch
     with torch.device("meta"):
         model = get_model(config, src_vocab_size, tgt_vocab_size).eval()
-        inputs = batch_of(torch.zeros(B, S, dtype=torch.long), torch.zeros(B, T + 1, dtype=torch.long))
-    shapes, scores = recorded_shapes(model, [inputs[name] for name in INPUTS])
+    inputs = batch_of(torch.zeros(B, S, dtype=torch.long), torch.zeros(B, T + 1, dtype=torch.long))
+    shapes, scores = recorded_shapes(model, [inputs[name].to("meta") for name in INPUTS])
     parts: dict[str, Part] = {}
     owner: dict[nn.Parameter, str] = {}
     for path, copies in part_paths(config).items():
