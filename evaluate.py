@@ -4,6 +4,10 @@ python evaluate.py --split test
 python evaluate.py --source test.en --reference test.it
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import InputError, parse, run_command
+
+# isort: split
 import json
 import time
 from pathlib import Path
@@ -13,7 +17,6 @@ import sacrebleu
 import tyro
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
-from config import InputError, parse, run_command
 from corpora.files import check_aligned, read_text_file
 from corpora.sources import load_split
 from translate import Translator, blank_long, check_search
@@ -55,6 +58,7 @@ def main(
     split: Literal["validation", "test"] = "validation",
     source: str = "",
     reference: str = "",
+    output: str = "",
     beam_size: int = 1,
     length_penalty: float = 0.6,
     weights: str = "best",
@@ -73,18 +77,21 @@ def main(
         split: split of the run's corpus to translate
         source: text file to translate instead of a split, one sentence per line
         reference: text file with the reference translations
+        output: text file for the translations, one per line
         beam_size: hypotheses kept at each step; 1: greedy search
         length_penalty: exponent of the length normalization; 0 favors short translations, higher values longer ones
         weights: best (on the validation set), latest, or an epoch number
         average: number of epochs whose weights are averaged, the best or the latest ones
         bleu_tokenizer: tokenizer of sacreBLEU; none for text that is already tokenized
         device: auto, cuda, mps or cpu
-        precision: fp32; bf16 or fp16 in linear layers; auto: bf16 if supported natively, otherwise fp16 on a GPU; fp32 for small models on a CPU
+        precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)
         as_json: output as one JSON object
     """
     if bool(source) != bool(reference):
         raise InputError("--source and --reference go together; give both, or neither to score the run's own split")
     check_search(beam_size, length_penalty)
+    if output and (Path(output).is_dir() or not Path(output).parent.is_dir()):
+        raise InputError(f"cannot write {output}; give the name of a file in an existing folder")
     translator = Translator.load(run_dir, device, weights, average, precision)
     if source:
         check_aligned([Path(source), Path(reference)])
@@ -98,6 +105,8 @@ def main(
     start = time.perf_counter()
     predicted = translator.translate(blank_long(translator, sources), beam_size, length_penalty, show_progress=True)
     seconds = time.perf_counter() - start
+    if output:
+        Path(output).write_text("".join(f"{line}\n" for line in predicted), encoding="utf8")
     scores = score(predicted, references, bleu_tokenizer)
     details = {
         "run": str(translator.folder),

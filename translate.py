@@ -7,14 +7,20 @@ python translate.py "I can eat an apple."
 python translate.py < sentences.en > sentences.it
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import Config, InputError, counted, parse, run_command
+
+# isort: split
 import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 import tyro
@@ -25,9 +31,10 @@ from tqdm import tqdm
 from compute.device import DTYPES, choose_precision, explained_out_of_memory, get_device, keep_freed_memory
 from compute.ops import use_low_precision_products
 from compute.threads import share_cores
-from config import Config, InputError, parse, run_command
+from corpora.alignment import lexical_consistency, merge_weights, pharaoh, strongest_links
 from corpora.files import read_lines
-from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask
+from corpora.sources import load_split
+from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask, word_indices
 from model import Transformer, causal_mask, get_model
 from runs.folder import RunFolder
 from search import Hypothesis, StepDecoder, beam_search, greedy_decode
@@ -172,12 +179,25 @@ class Translator:
 
         A batch holds up to batch_tokens / beam_size source tokens. Raises InputError for sentences beyond `seq_len`.
         """
-        translations = [""] * len(sentences)
+        found = self.translate_ids(sentences, beam_size, length_penalty, batch_tokens, show_progress, use_cache)
+        return [self.tokenizer_tgt.decode(ids) for ids in found]
+
+    def translate_ids(
+        self,
+        sentences: list[str],
+        beam_size: int = 1,
+        length_penalty: float = 0.6,
+        batch_tokens: int = 8_192,
+        show_progress: bool = False,
+        use_cache: bool = True,
+    ) -> list[list[int]]:
+        """The same as target ids, without [SOS] and [EOS]; none for a blank sentence."""
+        translations: list[list[int]] = [[] for _ in sentences]
         for positions, sources in self.batches(sentences, batch_tokens // beam_size, show_progress):
             with within_memory(sources):
                 targets = self.search(sources, beam_size, length_penalty, use_cache)
             for i, ids in zip(positions, targets, strict=True):
-                translations[i] = self.tokenizer_tgt.decode(ids)
+                translations[i] = ids
         return translations
 
     def hypotheses(
@@ -247,7 +267,7 @@ class Translator:
 
 def within_memory(sources: list[list[int]]) -> AbstractContextManager:
     """Context in which a GPU's out-of-memory error becomes an InputError with the size of this batch."""
-    batch = f"{len(sources)} sentences of up to {max(map(len, sources))} tokens"
+    batch = f"{counted(len(sources), 'sentence')} of up to {max(map(len, sources))} tokens"
     return explained_out_of_memory(batch, "lower --beam-size, or --validation-sentences in training, or use the CPU")
 
 
@@ -262,6 +282,99 @@ def check_tokenizers(folder: RunFolder, config: Config, state: dict, path: Path)
         file = folder.tokenizer_file(lang)
         if load_tokenizer(file).to_str() != Tokenizer.from_str(text).to_str():
             raise InputError(f"{file} is not the tokenizer that {path.name} was trained with; copy the folder again")
+
+
+# ---------------------------------------------------------------------------- word alignments
+
+
+@torch.inference_mode()
+def recorded_pass(
+    translator: Translator, src_ids: list[int], decoder_ids: list[int]
+) -> tuple[Tensor, dict[str, np.ndarray]]:
+    """Logits (T, V) of a teacher-forced pass, and the attention weights of each kind, (L, H, Q, K)."""
+    model = translator.model
+    source = torch.tensor([src_ids], device=translator.device)
+    decoder_input = torch.tensor([decoder_ids], device=translator.device)
+    with model.recording():
+        logits = model(source, decoder_input, padding_mask(source), causal_mask(len(decoder_ids), source.device))
+        weights = {
+            kind: torch.stack([block.attention_scores[0].float() for block in blocks]).cpu().numpy()
+            for kind, blocks in model.attention_blocks().items()
+        }
+    return logits[0].float(), weights
+
+
+class Aligner(NamedTuple):
+    """The head whose cross-attention gives the alignments."""
+
+    shift: int  # 1: its row that predicts a target word; 0: the row that reads it
+    layer: int
+    head: int  # num_heads is the mean over the layer's heads
+
+
+def word_attention(translator: Translator, sentence: str, ids: list[int]) -> tuple[list[str], list[str], np.ndarray]:
+    """The source words, the target words, and the cross-attention between them: (2, L, H + 1, T, S + 2).
+
+    Index 0 of the weights is the shift and index 2 the head, as in `Aligner`; the columns include [SOS] and [EOS].
+    """
+    src_ids, config = translator.encode(sentence), translator.config
+    whole_words = config.tokenizer == "word"
+    source = [translator.tokenizer_src.id_to_token(i) for i in src_ids]
+    target = [translator.tokenizer_tgt.id_to_token(i) for i in ids]
+    rows, columns = word_indices(target, whole_words), word_indices(source, whole_words)
+    weights = recorded_pass(translator, src_ids, [SOS, *ids])[1]["cross"]  # (L, H, 1 + target tokens, source tokens)
+    weights = np.concatenate([weights, weights.mean(1, keepdims=True)], 1)
+    shifted = [merge_weights(part, rows, columns) for part in (weights[:, :, 1:], weights[:, :, :-1])]
+    return grouped(source, columns)[1:-1], grouped(target, rows), np.stack(shifted)
+
+
+def grouped(tokens: list[str], word_index: list[int]) -> list[str]:
+    """The tokens of each word as one string."""
+    return [
+        "".join(token for token, _ in word) for _, word in groupby(zip(tokens, word_index, strict=True), itemgetter(1))
+    ]
+
+
+def find_aligner(translator: Translator, sentences: list[str]) -> tuple[Aligner, float]:
+    """The head with the most consistent links on these sentences and their translations, and its consistency.
+
+    Every head and the mean over every layer's heads are tried, with the row that predicts a word and the row that
+    reads it (see `lexical_consistency`).
+    """
+    targets = translator.translate_ids(sentences)
+    attended = [word_attention(translator, s, ids) for s, ids in zip(sentences, targets, strict=True) if ids]
+    if not attended:
+        raise InputError("the run translates no validation sentence, so no head can be chosen; train it longer")
+
+    def consistency(aligner: Aligner) -> float:
+        return lexical_consistency([(src, tgt, strongest_links(w[aligner])) for src, tgt, w in attended])
+
+    aligners = [Aligner(*index) for index in np.ndindex(attended[0][2].shape[:3])]
+    return max(((aligner, consistency(aligner)) for aligner in aligners), key=itemgetter(1))
+
+
+def chosen_aligner(translator: Translator, sentences: int = 200) -> Aligner:
+    """The aligner of a run, chosen on the first validation sentences; the choice is printed to stderr."""
+    texts = list(load_split(translator.config, "validation")["src"][:sentences])
+    aligner, consistency = find_aligner(translator, texts)
+    head = "mean over heads" if aligner.head == translator.config.num_heads else f"head {aligner.head}"
+    row = "predicts" if aligner.shift else "reads"
+    print(
+        f"alignments: cross-attention of layer {aligner.layer}, {head}, in the row that {row} the word "
+        f"(lexical consistency {consistency:.3f} over {len(texts)} validation sentences)",
+        file=sys.stderr,
+    )
+    return aligner
+
+
+def alignment_lines(
+    translator: Translator, lines: Iterable[str], chunk: int, beam_size: int = 1, length_penalty: float = 0.6
+) -> Iterator[str]:
+    """The word alignment of each line with its translation, in Pharaoh format; blank for a blank line."""
+    aligner = chosen_aligner(translator)
+    for _, readable in readable_chunks(translator, lines, chunk):
+        for sentence, ids in zip(readable, translator.translate_ids(readable, beam_size, length_penalty), strict=True):
+            yield pharaoh(strongest_links(word_attention(translator, sentence, ids)[2][aligner])) if ids else ""
 
 
 # ---------------------------------------------------------------------------- command line
@@ -329,6 +442,7 @@ def main(
     beam_size: int = 1,
     length_penalty: float = 0.6,
     n_best: int = 0,
+    alignments: bool = False,
     weights: str = "best",
     average: int = 1,
     device: str = "auto",
@@ -342,12 +456,16 @@ def main(
         beam_size: hypotheses kept at each step; 1: greedy search
         length_penalty: exponent of the length normalization; 0 favors short translations, higher values longer ones
         n_best: number of hypotheses printed per sentence, with score and log-probability; 0: the translation only
+        alignments: print word alignments instead of translations, in Pharaoh format: 0-1 means that the first source
+            word is translated by the second target word; punctuation marks are words
         weights: best (on the validation set), latest, or an epoch number
         average: number of epochs whose weights are averaged, the best or the latest ones
         device: auto, cuda, mps or cpu
-        precision: fp32; bf16 or fp16 in linear layers; auto: bf16 if supported natively, otherwise fp16 on a GPU; fp32 for small models on a CPU
+        precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)
     """
     check_search(beam_size, length_penalty, n_best or 1)
+    if alignments and n_best:
+        raise InputError(f"--alignments is for the best translation only; omit --n-best {n_best}")
     translator = Translator.load(run_dir, device, weights, average, precision)
     if sentence is not None:
         translator.encode(sentence)  # a sentence that exceeds seq_len is an error here
@@ -361,6 +479,8 @@ def main(
         lines, chunk = read_lines(sys.stdin.buffer, "stdin"), 1 if is_interactive else 512
     if n_best:
         output = n_best_lines(translator, lines, chunk, beam_size, length_penalty, n_best)
+    elif alignments:
+        output = alignment_lines(translator, lines, chunk, beam_size, length_penalty)
     else:
         output = translate_lines(translator, lines, chunk, beam_size, length_penalty)
     for line in output:

@@ -13,7 +13,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import altair as alt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from config import Config, get_config
 from corpora.sources import load_split
 from dataset import EOS, SOS, Batches, BilingualDataset, build_word_tokenizer, make_loader
 from evaluate import score
-from interpret import charts
 from interpret.trace import AttentionTrace, record_trace
 from model import (
     DecoderBlock,
@@ -118,7 +116,7 @@ class ToyCorpus(NamedTuple):
 
 def load_corpus(sentences: int = 200, **settings) -> ToyCorpus:
     """The toy corpus, with so many sentences of its test split; `settings` are fields of the toy preset."""
-    config = get_config("toy", device="cpu", **settings)
+    config = get_config("toy", **{"device": "cpu", "warmup_steps": 100, **settings})
     pairs, test = load_split(config, "train"), load_split(config, "test")
     tokenizers = [build_word_tokenizer(pairs[side], config.vocab_size) for side in ("src", "tgt")]
     train = BilingualDataset(pairs, *tokenizers, config.seq_len)
@@ -245,8 +243,8 @@ def trace(functions: SimpleNamespace, model: Transformer, corpus: ToyCorpus, sen
     return record_trace(translator_of(model, corpus), sentence, ids)
 
 
-def draw_cross_attention(
-    functions: SimpleNamespace, model: Transformer, corpus: ToyCorpus, sentence: str
-) -> alt.TopLevelMixin:
-    """Heat maps of the cross-attention of each layer, mean over the heads."""
+def draw_cross_attention(functions: SimpleNamespace, model: Transformer, corpus: ToyCorpus, sentence: str):
+    """Heat maps of the cross-attention of each layer, mean over the heads: an Altair chart."""
+    from interpret import charts  # needs the packages of requirements-charts.txt
+
     return charts.mean_heads(trace(functions, model, corpus, sentence), "cross", cell_size=26)

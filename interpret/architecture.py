@@ -15,18 +15,15 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 import torch
-import vl_convert
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from config import Config, InputError, get_config
 from corpora.sources import load_split
 from dataset import BilingualDataset, batch_of, load_tokenizer
-from interpret.charts import save_png
 from model import Transformer, get_model
 from runs.folder import RunFolder
 
-SUFFIXES = (".svg", ".png")
 BATCH_PAIRS = 32  # validation pairs whose shapes are shown
 NOMINAL_BATCH = (32, 24, 22)  # B, S, T of a picture without a corpus
 
@@ -414,11 +411,3 @@ def preset_architecture(name: str) -> alt.LayerChart:
 def nominal_batch(config: Config) -> Sizes:
     B, S, T = NOMINAL_BATCH
     return B, min(S, config.seq_len), min(T, config.seq_len)
-
-
-def save_architecture(chart: alt.LayerChart, path: str | Path) -> None:
-    """Writes the chart as SVG or PNG, by the suffix of the path."""
-    if Path(path).suffix == ".png":
-        save_png(chart, path)
-    else:
-        Path(path).write_text(vl_convert.vegalite_to_svg(chart.to_dict()), encoding="utf8")

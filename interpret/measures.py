@@ -12,7 +12,8 @@ import pandas as pd
 
 from config import InputError
 from corpora.toy import Pair, tokens_of
-from interpret.trace import KIND_NAMES, KINDS, AttentionTrace, is_punctuation, merge_words, record_trace
+from dataset import is_punctuation
+from interpret.trace import KIND_NAMES, KINDS, AttentionTrace, merge_words, record_trace
 from translate import Translator
 
 # ---------------------------------------------------------------------------- tables
@@ -33,10 +34,8 @@ def weights_table(
     """
     weights = trace.weights[kind]
     L, H, Q, K = weights.shape
+    check_heads(trace, kind, layers, heads)
     layers, heads = list(range(L)) if layers is None else layers, list(range(H)) if heads is None else heads
-    for name, wanted, count in (("layer", layers, L), ("head", heads, H)):
-        if bad := [i for i in wanted if not 0 <= i < count]:
-            raise InputError(f"no {name} {bad[0]} in {KIND_NAMES[kind]}; it has {name}s 0 to {count - 1}")
     rows, columns = trace.labels(kind)
     row, column = np.nonzero(attention_mask(kind, Q, K))
     return pd.concat(
@@ -52,21 +51,44 @@ def weights_table(
     )  # fmt: skip
 
 
+def check_heads(trace: AttentionTrace, kind: str, layers: list[int] | None, heads: list[int] | None) -> None:
+    """Raises InputError for a layer or head out of range."""
+    L, H = trace.weights[kind].shape[:2]
+    for name, wanted, count in (("layer", layers, L), ("head", heads, H)):
+        if bad := [i for i in wanted or [] if not 0 <= i < count]:
+            raise InputError(f"no {name} {bad[0]} in {KIND_NAMES[kind]}; it has {name}s 0 to {count - 1}")
+
+
 def packed_table(
     trace: AttentionTrace, kind: str | None = None, layer: int | None = None, head: int | None = None
 ) -> pd.DataFrame:
-    """One row per head: kind, layer, head, columns (K) and `w`, the weights x 1000 row by row, as in "0,12,988".
+    """One row per head: kind, layer, head, columns (K), `w` and `sums`.
 
-    All heads, or those of the given kind, layer and head. Charts unpack it; in a page it is a thirtieth of the size of
-    `weights_table`.
+    `w` holds the weights x 10,000 row by row, as in "0,123,9877", and `sums` the sum of each row. All heads, or those
+    of the given kind, layer and head. Charts unpack it; in a page it is a thirtieth of the size of `weights_table`.
     """
+
+    def joined(numbers: np.ndarray) -> str:
+        return ",".join(f"{number:g}" for number in numbers.ravel())
+
     return pd.DataFrame([
-        {"kind": name, "layer": i, "head": j, "columns": weights.shape[3],
-         "w": ",".join(map(str, np.rint(1000 * weights[i, j]).astype(int).ravel()))}
+        {"kind": name, "layer": i, "head": str(j), "columns": weights.shape[3],
+         "w": joined(np.rint(10_000 * weights[i, j])), "sums": joined(weights[i, j].sum(-1).round(5))}
         for name, weights in trace.weights.items()
         for i, j in np.ndindex(weights.shape[:2])
         if kind in (None, name) and layer in (None, i) and head in (None, j)
     ])  # fmt: skip
+
+
+def gallery_table(trace: AttentionTrace) -> pd.DataFrame:
+    """The packed table of all heads, and of each layer's mean over heads and rollout as the heads "mean" and "rollout".
+
+    `slot` is the head's column in the gallery.
+    """
+    combined = {"mean": mean_over_heads(trace), "rollout": rollout(trace)}
+    tables = [packed_table(trace), *(packed_table(one).assign(head=name) for name, one in combined.items())]
+    heads = pd.concat(tables, ignore_index=True)
+    return heads.assign(slot=heads["head"].map(list(heads["head"].unique()).index))
 
 
 def weights_of_query(trace: AttentionTrace, kind: str, row: int) -> pd.DataFrame:
@@ -210,3 +232,42 @@ def alignment_errors(translator: Translator, pairs: list[Pair]) -> pd.DataFrame:
         for (layer, head, shift), (sure, possible, proposed, all_sure) in counts.items()
     ]
     return pd.DataFrame(errors).sort_values("error").reset_index(drop=True)
+
+
+# ---------------------------------------------------------------------------- what each head does
+
+
+def scorecard(translator: Translator, pairs: list[tuple[str, str]], gold: list[Pair] | None = None) -> pd.DataFrame:
+    """What each head does, over sentence pairs: the columns of `head_statistics` as means, error, shift and role.
+
+    `error` is the alignment error rate of a cross-attention head with its best `shift` (see `alignment_errors`), where
+    there are gold alignments. For the roles see `role_of`. Raises InputError for a pair longer than `seq_len`.
+    """
+    tables = [head_statistics(record_trace(translator, source, target)) for source, target in pairs]
+    place = ["kind", "layer", "head"]
+    table = pd.concat(tables).groupby(place, sort=False).mean().reset_index()
+    if gold:
+        errors = alignment_errors(translator, gold).assign(kind="cross").drop_duplicates(place)  # sorted by error
+        table = table.merge(errors[errors["head"] != "mean"].astype({"head": int}), on=place, how="left")
+    else:
+        table = table.assign(shift=np.nan, error=np.nan)
+    return table.assign(role=[role_of(row) for row in table.to_dict("records")])
+
+
+def role_of(head: dict) -> str:
+    """The role of a head with these statistics: what it spends at least half of its weight on.
+
+    aligner: an alignment error rate of at most 0.25. Otherwise previous (position), itself (its own position),
+    [SOS], [EOS] or punctuation; spread if even its largest weights are below 0.5; near if its keys are at most 1.5
+    positions away; or mixed. Positions count in self-attention only.
+    """
+    if head["kind"] == "cross" and head["error"] <= 0.25:  # False for NaN
+        return "aligner"
+    is_self = head["kind"] != "cross"
+    positions = {"previous_position": "previous", "own_position": "itself"} if is_self else {}
+    for name, role in {**positions, "[SOS]": "[SOS]", "[EOS]": "[EOS]", "punctuation": "punctuation"}.items():
+        if head[name] >= 0.5:
+            return role
+    if head["max_weight"] < 0.5:
+        return "spread"
+    return "near" if is_self and head["distance"] <= 1.5 else "mixed"

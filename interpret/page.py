@@ -1,229 +1,224 @@
-"""The interactive explorer of an AttentionTrace, and HTML pages that work offline.
+"""HTML pages that work offline: the attention page of visualize.py and the report of experiments.py.
 
-    L  layers    H  heads
+A page is one file: the style of interpret/theme.py and page.css, Vega, the charts and their data as JSON, and page.js.
+The data is in the element with the id "data"; a script can read it with any JSON parser. `traces` holds, for each
+sentence, its tokens (`state`), the weights x 10,000 and row sums of every head (`heads`, see
+`measures.packed_table`) and the most probable next tokens of every step (`candidates`).
 
-The parts of the explorer share Vega parameters: `kind`, the kind of attention; `pick`, the selected layer and head;
-`hover`, the row under the pointer; `least`, the smallest weight shown; `src` and `tgt`, the tokens.
+Tokens, sentences and names come from the user and from files, so none of them becomes HTML or script: "<" is an escape
+in all JSON, texts are escaped, and the browser runs no script other than the two of the page (Content-Security-Policy).
 """
 
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import altair as alt
 import pandas as pd
+import vl_convert
 
-from interpret.charts import (
-    HIGHLIGHT,
-    TOOLTIP,
-    WEIGHT_COLOR,
-    WEIGHT_SCALE,
-    decode_stepper,
-    difference,
-    importance_heat_map,
-    step_heat_map,
-    token_axis,
-    token_params,
-    unpack,
-    variant_bars,
-    with_tokens,
-)
-from interpret.measures import packed_table
-from interpret.trace import KINDS, AttentionTrace
+from interpret.charts import EscapedJSON, difference, importance_heat_map, step_heat_map, variant_bars
+from interpret.interventions import Variant
+from interpret.theme import PALETTES, css, vega_config
+from interpret.trace import KIND_NAMES, KINDS, AttentionTrace
+from interpret.views import VIEWS, view_data, view_state
 
 CAUTION = "Attention shows where a head reads. It does not explain the output, and only some heads align words."
-ROW_LABELS = "A row is labeled with the token that the decoder reads; the token that it predicts labels the next row."
-QUERY_TOKENS, KEY_TOKENS = "kind == 'encoder' ? src : tgt", "kind == 'decoder' ? tgt : src"  # Vega expressions
-
-# ---------------------------------------------------------------------------- the explorer
+LEGEND = '<span class="legend">weight 0 <i></i> 1</span>'
+HERE = Path(__file__).parent
 
 
-def explorer(trace: AttentionTrace) -> alt.VConcatChart:
-    """All heads as thumbnails; the selected head as a heat map and as lines; one row of it as bars.
+@dataclass(frozen=True)
+class Card:
+    """A chart with a title and a note. `columns` of 12 are its width on a large screen."""
 
-    A click, the slider or the menu selects a head. The pointer on the heat map selects a row.
-    """
-    packed = packed_table(trace)
-    L, H = int(packed["layer"].max()) + 1, int(packed["head"].max()) + 1
-    kind = alt.param(name="kind", value="cross", bind=alt.binding_radio(options=list(KINDS), name="attention "))
-    least = alt.param(
-        name="least", value=0.0, bind=alt.binding_range(min=0, max=0.5, step=0.01, name="hide weights below ")
-    )
-    pick = alt.selection_point(
-        name="pick",
-        fields=["layer", "head"],
-        on="click",
-        toggle=False,
-        empty=False,
-        value=[{"layer": len(trace.weights["cross"]) - 1, "head": 0}],
-        bind={
-            "layer": alt.binding_range(min=0, max=L - 1, step=1, name="layer "),
-            "head": alt.binding_select(options=list(range(H)), name="head "),
-        },
-    )
-    hover = alt.selection_point(
-        name="hover", fields=["row"], on="pointerover", clear=False, toggle=False, empty=False, value=[{"row": 1}]
-    )
-    heads = alt.Chart(packed).transform_filter("datum.kind == kind")
-    selected = with_tokens(unpack(heads.transform_filter(pick)))
-    longest = max(len(trace.src_tokens), len(trace.tgt_tokens))
-    top = alt.hconcat(thumbnails(heads, L, H, pick), selected_heat_map(selected, longest, hover), spacing=30)
-    bottom = alt.hconcat(selected_lines(selected, longest, hover), row_bars(selected, longest, hover), spacing=30)
-    return alt.vconcat(top, bottom, spacing=20).add_params(*token_params(trace), kind, least)
+    view: str  # name of the chart
+    title: str
+    note: str = ""
+    columns: int = 12
+    note_id: str = ""
+    legend: bool = False
+    below: str = ""  # HTML
 
-
-def thumbnails(heads: alt.Chart, L: int, H: int, pick: alt.Parameter) -> alt.LayerChart:
-    """Each head as a unit square at (head, layer); the selected one is framed."""
-    filled = 0.94  # of a square; the rest is the gap to the next one
-    side = min(120.0, 520 / H)
-    weights = with_tokens(unpack(heads)).transform_calculate(
-        x0=f"datum.head + datum.column / datum.columns * {filled}",
-        x1=f"datum.head + (datum.column + 1) / datum.columns * {filled}",
-        y0=f"datum.layer + datum.row / datum.rows * {filled}",
-        y1=f"datum.layer + (datum.row + 1) / datum.rows * {filled}",
-    )
-
-    def axis(count: int) -> alt.Axis:
-        centers = [i + filled / 2 for i in range(count)]
-        return alt.Axis(values=centers, labelExpr="floor(datum.value)", grid=False, ticks=False, domain=False)
-
-    cells = weights.mark_rect().encode(
-        x=alt.X("x0:Q", scale=alt.Scale(domain=[0, H], nice=False), axis=axis(H), title="head"),
-        x2="x1:Q",
-        y=alt.Y("y0:Q", scale=alt.Scale(domain=[0, L], nice=False, reverse=True), axis=axis(L), title="layer"),
-        y2="y1:Q",
-        color=alt.Color("weight:Q", scale=WEIGHT_SCALE, legend=None),
-        stroke=alt.Stroke("weight:Q", scale=WEIGHT_SCALE, legend=None),  # hides the hairlines between cells
-        strokeWidth=alt.value(0.6),
-    )
-    frames = (
-        heads.transform_calculate(
-            x0="datum.head", x1=f"datum.head + {filled}", y0="datum.layer", y1=f"datum.layer + {filled}"
+    def html(self) -> str:
+        title, note = html.escape(self.title), html.escape(self.note)
+        note_id = f' id="{self.note_id}"' if self.note_id else ""
+        return (
+            f'<section class="card c{self.columns}"><div class="top"><h2>{title}</h2>{LEGEND * self.legend}</div>'
+            f'<p{note_id}>{note}</p><div class="scroll"><div class="view" id="{self.view}" data-view="{self.view}">'
+            f"</div></div>{self.below}</section>"
         )
-        .mark_rect(fillOpacity=0, strokeWidth=3, cursor="pointer")
-        .encode(
-            x="x0:Q",
-            x2="x1:Q",
-            y="y0:Q",
-            y2="y1:Q",
-            stroke=alt.condition(pick, alt.value(HIGHLIGHT), alt.value("#dddddd")),
-            tooltip=[alt.Tooltip("layer:O"), alt.Tooltip("head:O")],
-        )
-        .add_params(pick)
-    )
-    return (cells + frames).properties(width=side * H, height=side * L, title="All heads; click to select one")
 
 
-def selected_heat_map(selected: alt.Chart, longest: int, hover: alt.Parameter) -> alt.Chart:
-    """The heat map of the selected head; the pointer selects a row."""
-    side = min(24 * longest, 460)
-    return (
-        selected.mark_rect()
-        .encode(
-            x=alt.X("column:O", title="key (attended to)", axis=token_axis(KEY_TOKENS, labelAngle=-60)),
-            y=alt.Y("row:O", title="query (attends)", axis=token_axis(QUERY_TOKENS)),
-            color=WEIGHT_COLOR,
-            opacity=alt.condition("datum.weight >= least", alt.value(1), alt.value(0.05)),
-            stroke=alt.condition(hover, alt.value(HIGHLIGHT), alt.value(None)),
-            tooltip=TOOLTIP,
-        )
-        .add_params(hover)
-        .properties(width=side, height=side, title="Selected head")
+def write_page(
+    path: str | Path, title: str, run: str, cards: list[Card | list[Card]], data: dict, controls: str = ""
+) -> None:
+    """Writes a page. `data` is embedded as JSON and holds at least `specs`, the Vega-Lite charts of the cards."""
+    themes = {name: vega_config(palette) for name, palette in PALETTES.items()}
+    embedded = json.dumps({"themes": themes, **data}, cls=EscapedJSON, ensure_ascii=False)
+    scripts = [vl_convert.javascript_bundle(), (HERE / "page.js").read_text(encoding="utf8")]
+    Path(path).write_text(
+        PAGE.format(
+            title=html.escape(title),
+            about=CAUTION,
+            run=html.escape(run),
+            policy=content_security_policy(scripts),
+            style=css() + (HERE / "page.css").read_text(encoding="utf8"),
+            controls=controls,
+            cards=cards_html(cards),
+            data=embedded,
+            vega=scripts[0],
+            script=scripts[1],
+        ),
+        encoding="utf8",
     )
 
 
-def selected_lines(selected: alt.Chart, longest: int, hover: alt.Parameter) -> alt.LayerChart:
-    """Queries on the left, keys on the right, one line per weight; the row under the pointer is highlighted."""
-    y = alt.Y("row:Q", scale=alt.Scale(domain=[-0.5, longest - 0.5], reverse=True, nice=False), axis=None)
-    x = alt.X("x0:Q", scale=alt.Scale(domain=[-0.6, 1.6], nice=False), axis=None)
-    lines = (
-        selected.transform_filter("datum.weight >= max(least, 0.01)")
-        .transform_calculate(x0="0", x1="1")
-        .mark_rule()
-        .encode(
-            x=x,
-            x2="x1:Q",
-            y=y,
-            y2="column:Q",
-            opacity=alt.Opacity("weight:Q", scale=alt.Scale(domain=[0, 1], range=[0.05, 1]), legend=None),
-            strokeWidth=alt.StrokeWidth("weight:Q", scale=alt.Scale(domain=[0, 1], range=[0.5, 5]), legend=None),
-            color=alt.condition(hover, alt.value(HIGHLIGHT), alt.value("#4c78a8")),
-            tooltip=TOOLTIP,
-        )
-    )
-    sides = alt.Chart(pd.DataFrame({"side": ["query", "key"], "x0": [-0.03, 1.03]}))
-    tokens = [
-        sides.transform_filter(f"datum.side == '{side}'")
-        .transform_calculate(token=tokens, row=f"sequence(length({tokens}))")
-        .transform_flatten(["token", "row"])
-        .mark_text(align=align, fontSize=12)
-        .encode(x=x, y=y, text="token:N")
-        for side, align, tokens in (("query", "right", QUERY_TOKENS), ("key", "left", KEY_TOKENS))
-    ]
-    return alt.layer(lines, *tokens).properties(width=420, height=18 * longest, title="Queries (left) and keys (right)")
-
-
-def row_bars(selected: alt.Chart, longest: int, hover: alt.Parameter) -> alt.Chart:
-    """The weights of the row under the pointer as bars."""
-    return (
-        selected.transform_filter(hover)
-        .mark_bar(color=HIGHLIGHT)
-        .encode(
-            x=alt.X("weight:Q", scale=alt.Scale(domain=[0, 1])),
-            y=alt.Y("column:O", title=None, axis=token_axis(KEY_TOKENS)),
-            tooltip=TOOLTIP,
-        )
-        .properties(width=300, height=18 * longest, title="Weights of the row under the pointer")
+def cards_html(cards: list[Card | list[Card]]) -> str:
+    """The cards as HTML; those of a list are stacked in one column."""
+    return "\n".join(
+        card.html() if isinstance(card, Card) else f'<div class="stack">{cards_html(card)}</div>' for card in cards
     )
 
 
-# ---------------------------------------------------------------------------- pages
-
-STYLE = """<style>
-  body { font-family: sans-serif; margin: 16px; }
-  body #vis.vega-embed { display: flex; flex-direction: column-reverse; align-items: flex-start; }
-  form.vega-bindings { margin: 0 0 12px 0; display: flex; flex-wrap: wrap; gap: 4px 28px; }
-  form.vega-bindings .vega-bind-radio label { margin-right: 8px; }
-</style>
-"""  # the controls above the chart
+def content_security_policy(scripts: list[str]) -> str:
+    """Only these scripts run, and nothing is loaded. Vega compiles expressions, which needs 'unsafe-eval'."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    return f"default-src 'none'; script-src {allowed} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def trace_page(trace: AttentionTrace) -> alt.VConcatChart:
-    """The explorer, with the decode stepper below."""
-    sentences = " ".join(trace.src_tokens[1:-1]) + "  →  " + " ".join(trace.tgt_tokens[1:])
-    return alt.vconcat(explorer(trace), decode_stepper(trace), spacing=40).properties(
-        title=page_title(sentences, trace)
-    )
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<div><h1 id="title">{title}</h1><p class="about">run <b>{run}</b> · {about}</p></div>
+<button id="theme" aria-label="switch between light and dark">◐</button>
+</header>
+{controls}
+<main class="grid">
+{cards}
+</main>
+<script type="application/json" id="data">{data}</script>
+<script>{vega}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+# ---------------------------------------------------------------------------- the attention page
+
+CONTROLS = """<nav class="bar">
+<span class="switch" id="kind" role="group" aria-label="kind of attention">{kinds}</span>
+<select id="sentence" aria-label="sentence"{hidden}>{sentences}</select>
+</nav>"""
+
+PLAYER = """<div class="bar">
+<button id="play">Play</button>
+<button id="back" aria-label="previous row">←</button>
+<button id="next" aria-label="next row">→</button>
+<input id="step" type="range" min="0" value="0" aria-label="row">
+<span id="where"></span>
+</div>"""
+
+ATTENTION_CARDS = [
+    Card("ribbons", "Attention, row by row", columns=9, note_id="head", below=PLAYER),
+    Card("candidates", "Next token", "The most probable tokens of the step", columns=3),
+    [
+        Card("gallery", "Heads", "Click to select; with Shift or Ctrl, several", legend=True),
+        Card("top_keys", "Every head", "The three keys with the largest weights of the row in focus"),
+    ],
+    [
+        Card("heat_map", "Selected", "Rows: queries (decoder: read → written). Columns: keys.", legend=True),
+        Card("bars", "Row in focus", note_id="row"),
+    ],
+]
 
 
-def report_page(
+def save_page(traces: AttentionTrace | list[AttentionTrace], path: str | Path) -> None:
+    """Writes the attention page of one or several sentences."""
+    traces = [traces] if isinstance(traces, AttentionTrace) else traces
+    options = [f'<option value="{i}">{html.escape(trace.source)}</option>' for i, trace in enumerate(traces)]
+    kinds = [f'<button value="{kind}">{kind}</button>' for kind in KINDS]
+    controls = CONTROLS.format(hidden=" hidden" * (len(traces) == 1), sentences="".join(options), kinds="".join(kinds))
+    data = {
+        "kinds": {kind: name.capitalize() for kind, name in KIND_NAMES.items()},
+        "specs": {name: page_spec(view(), height="container") for name, view in VIEWS.items()},
+        "traces": [trace_data(trace) for trace in traces],
+    }
+    title = f"{traces[0].source} → {traces[0].translation}"
+    write_page(path, title, traces[0].run, ATTENTION_CARDS, data, controls)
+
+
+def trace_data(trace: AttentionTrace) -> dict:
+    """Everything that the page shows of a trace, ready for JSON."""
+    tables = {name: table.to_dict("records") for name, table in view_data(trace).items()}
+    return {"title": [trace.source, " → ", trace.translation], "run": trace.run, "state": view_state(trace), **tables}
+
+
+def page_spec(chart: alt.TopLevelMixin, **size) -> dict:
+    """The Vega-Lite specification of a chart without the theme, which the page adds; `size` fills the card."""
+    if size:
+        chart = chart.properties(width="container", autosize={"type": "fit", "contains": "padding"}, **size)
+    spec = chart.to_dict()
+    return {name: value for name, value in spec.items() if name != "config"}
+
+
+# ---------------------------------------------------------------------------- the report of experiments.py
+
+
+def save_report(
+    path: str | Path,
     sentence: str,
     trace: AttentionTrace,
     corrupted: AttentionTrace,
     steps: pd.DataFrame,
     table: pd.DataFrame,
     importance: pd.DataFrame | None,
-) -> alt.VConcatChart:
-    """The results of experiments.py: step table, variants, one corrupted head, and head importance where measured.
+) -> None:
+    """Writes the results of experiments.py: step table, variants, one corrupted head, and head importance if measured.
 
     `corrupted` is the trace of the same translation with uniform cross-attention.
     """
-    uniform = difference(trace, corrupted, "cross", len(trace.weights["cross"]) - 1, 0)
-    parts = [step_heat_map(steps, trace), variant_bars(table), uniform]
+    last = len(trace.weights["cross"]) - 1
+    charts = {
+        "steps": step_heat_map(steps, trace),
+        "variants": variant_bars(table),
+        "difference": difference(trace, corrupted, "cross", last, 0),
+    }
+    cards = [
+        Card("steps", "Decoding steps", "The logit of each word at each step, beside the attention of the step"),
+        Card("variants", "Variants", "Attention corrupted, or a part switched off"),
+        Card("difference", "Uniform cross-attention", "One head before and after, on the same translation"),
+    ]
     if importance is not None:
-        parts.append(importance_heat_map(importance))
-    report = alt.vconcat(*parts, spacing=40).resolve_scale(color="independent")
-    return report.properties(title=page_title(sentence, trace))
+        charts["importance"] = importance_heat_map(importance)
+        cards.append(Card("importance", "Head importance", "One head switched off at a time"))
+    specs = {name: page_spec(chart) for name, chart in charts.items()}
+    write_page(path, f"{sentence} → {trace.translation}", trace.run, cards, {"specs": specs})
 
 
-def page_title(text: str, trace: AttentionTrace) -> alt.TitleParams:
-    return alt.TitleParams(text, subtitle=[f"run {trace.run}", CAUTION, ROW_LABELS], anchor="start", fontSize=16)
+# ---------------------------------------------------------------------------- the logits study
 
 
-def save_page(trace: AttentionTrace, path: str | Path) -> None:
-    """Writes the explorer and the decode stepper as one .html file."""
-    save_html(trace_page(trace), path)
-
-
-def save_html(chart: alt.TopLevelMixin, path: str | Path) -> None:
-    """Writes a chart as one .html file that contains its scripts, so that it works offline."""
-    html = chart.to_html(inline=True, embed_options={"renderer": "canvas", "actions": False})
-    Path(path).write_text(html.replace("<head>", f"<head>\n<title>Attention</title>\n{STYLE}", 1), encoding="utf8")
+def save_study(path: str | Path, studied: Iterable[tuple[Variant, pd.DataFrame, AttentionTrace]]) -> None:
+    """Writes the figure of the logits study: for each variant of `study`, logits and attention of every step."""
+    cards, specs = [], {}
+    for i, (variant, steps, trace) in enumerate(studied):
+        specs[f"variant{i}"] = page_spec(step_heat_map(steps, trace))
+        title = f"{variant.name}: {' '.join(trace.next_tokens)}"
+        cards.append(Card(f"variant{i}", title, variant.description, columns=6))
+        if i == 0:
+            source, run = trace.source, trace.run
+    write_page(path, f"Logits study: {source}", run, cards, {"specs": specs})

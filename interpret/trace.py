@@ -13,20 +13,19 @@ Attention weights show where a head reads. They do not explain the output, and o
 """
 
 import json
-import unicodedata
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from tokenizers import decoders
-from torch import Tensor
+from tokenizers import Tokenizer, decoders
 
 from config import InputError
-from dataset import EOS, SOS, SPECIAL_TOKENS, padding_mask
-from model import causal_mask
-from translate import Translator
+from corpora.alignment import merge_weights
+from dataset import EOS, SOS, UNK, word_indices
+from translate import Translator, recorded_pass
 
 KINDS = ("encoder", "decoder", "cross")
 KIND_NAMES = {"encoder": "encoder self-attention", "decoder": "decoder self-attention", "cross": "cross-attention"}
@@ -52,6 +51,20 @@ class AttentionTrace:
         tokens = {"src": self.src_tokens, "tgt": self.tgt_tokens}
         rows, columns = SIDES[kind]
         return tokens[rows], tokens[columns]
+
+    def row_labels(self, kind: str) -> list[str]:
+        """A label of each row: the token, in the decoder with the token that it predicts, such as "una → mela"."""
+        if kind == "encoder":
+            return self.src_tokens
+        return [f"{read} → {written}" for read, written in zip(self.tgt_tokens, self.next_tokens, strict=True)]
+
+    @property
+    def source(self) -> str:
+        return plain_text(self.src_tokens[1:-1])
+
+    @property
+    def translation(self) -> str:
+        return plain_text(self.tgt_tokens[1:])
 
     def save(self, path: str | Path) -> None:
         """Writes one .npz file: one array of weights per kind, and everything else as JSON under `about`."""
@@ -93,15 +106,16 @@ def record_trace(
     top = logits.log_softmax(-1).topk(min(top_k, logits.size(-1)))  # values and indices (T, top_k)
     last_id = int(top.indices[-1, 0]) if target is None else EOS
 
-    src_token, tgt_token = translator.tokenizer_src.id_to_token, translator.tokenizer_tgt.id_to_token
-    src_tokens, tgt_tokens = [src_token(i) for i in src_ids], [tgt_token(i) for i in [SOS, *tgt_ids]]
-    next_tokens = [tgt_token(i) for i in [*tgt_ids, last_id]]
+    tgt_token = translator.tokenizer_tgt.id_to_token
+    source = tokens_of(translator.tokenizer_src, src_ids[1:-1], sentence)
+    output = tokens_of(translator.tokenizer_tgt, tgt_ids, target if isinstance(target, str) else "")
+    src_tokens, tgt_tokens = ["[SOS]", *source, "[EOS]"], ["[SOS]", *output]
     whole_words = translator.config.tokenizer == "word"
     return AttentionTrace(
         src_tokens=src_tokens,
         tgt_tokens=tgt_tokens,
-        next_tokens=next_tokens,
-        next_pieces=next_tokens,
+        next_tokens=[*output, tgt_token(last_id)],
+        next_pieces=[tgt_token(i) for i in [*tgt_ids, last_id]],
         src_words=word_indices(src_tokens, whole_words),
         tgt_words=word_indices(tgt_tokens, whole_words),
         weights=weights,
@@ -111,6 +125,15 @@ def record_trace(
         ],
         run=str(translator.folder),
     )
+
+
+def tokens_of(tokenizer: Tokenizer, ids: list[int], text: str) -> list[str]:
+    """The vocabulary entries of the ids; an unknown word of the text is kept, as in "zebra [UNK]"."""
+    spans = tokenizer.encode(text).offsets if UNK in ids and text else []
+    return [
+        f"{text[slice(*spans[i])]} [UNK]" if id_ == UNK and spans else tokenizer.id_to_token(id_)
+        for i, id_ in enumerate(ids)
+    ]
 
 
 def target_ids(translator: Translator, src_ids: list[int], target: str | list[int] | None) -> list[int]:
@@ -129,20 +152,14 @@ def target_ids(translator: Translator, src_ids: list[int], target: str | list[in
     return ids
 
 
-def recorded_pass(
-    translator: Translator, src_ids: list[int], decoder_ids: list[int]
-) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """Logits (T, V) of a teacher-forced pass, and the attention weights of each kind, (L, H, Q, K)."""
-    model = translator.model
-    source = torch.tensor([src_ids], device=translator.device)
-    decoder_input = torch.tensor([decoder_ids], device=translator.device)
-    with model.recording():
-        logits = model(source, decoder_input, padding_mask(source), causal_mask(len(decoder_ids), source.device))
-        weights = {
-            kind: torch.stack([block.attention_scores[0].float() for block in blocks]).cpu().numpy()
-            for kind, blocks in model.attention_blocks().items()
-        }
-    return logits[0].float(), weights
+def first_steps(trace: AttentionTrace, count: int) -> AttentionTrace:
+    """The trace without the steps after the first `count`."""
+    weights = trace.weights | {
+        "decoder": trace.weights["decoder"][:, :, :count, :count],
+        "cross": trace.weights["cross"][:, :, :count],
+    }
+    steps = ("tgt_tokens", "next_tokens", "next_pieces", "tgt_words", "candidates")
+    return replace(trace, weights=weights, **{name: getattr(trace, name)[:count] for name in steps})
 
 
 # ---------------------------------------------------------------------------- words
@@ -153,16 +170,29 @@ def merge_words(trace: AttentionTrace) -> AttentionTrace:
 
     Rows still sum to 1. The candidates of a word are those of its last subword, which predicts the next word.
     """
-    words = {"src": trace.src_words, "tgt": trace.tgt_words}
-    total = {side: np.eye(index[-1] + 1, dtype=np.float32)[index] for side, index in words.items()}  # (K, words)
-    mean = {side: (matrix / matrix.sum(0)).T for side, matrix in total.items()}  # (words, Q)
+    return merge_tokens(trace, {"src": trace.src_words, "tgt": trace.tgt_words}, strip="▁")
+
+
+def merge_bytes(trace: AttentionTrace) -> AttentionTrace:
+    """The trace with the bytes of a character (tokens such as <0xF0>) merged into the character."""
+    groups = {"src": character_indices(trace.src_tokens), "tgt": character_indices(trace.tgt_tokens)}
+    return merge_tokens(trace, groups)
+
+
+def merge_tokens(trace: AttentionTrace, groups: dict[str, list[int]], strip: str = "") -> AttentionTrace:
+    """The trace with tokens merged; `groups` holds the index of the group of each source and each target token.
+
+    The string `strip` is removed from the text of the groups.
+    """
     weights = {
-        kind: mean[rows] @ trace.weights[kind] @ total[columns]  # (L, H, Q, K) -> (L, H, words, words)
+        kind: merge_weights(
+            trace.weights[kind], groups[rows], groups[columns]
+        )  # (L, H, Q, K) -> (L, H, groups, groups)
         for kind, (rows, columns) in SIDES.items()
     }
-    src_tokens = join_subwords(trace.src_tokens, words["src"])
-    tgt_tokens = join_subwords(trace.tgt_tokens, words["tgt"])
-    first = [words["tgt"].index(word) for word in range(len(tgt_tokens))]
+    src_tokens = join_tokens(trace.src_tokens, groups["src"], strip)
+    tgt_tokens = join_tokens(trace.tgt_tokens, groups["tgt"], strip)
+    src_first, first = ([index.index(group) for group in range(index[-1] + 1)] for index in groups.values())
     last = [following - 1 for following in [*first[1:], len(trace.tgt_tokens)]]
     return replace(
         trace,
@@ -170,37 +200,35 @@ def merge_words(trace: AttentionTrace) -> AttentionTrace:
         tgt_tokens=tgt_tokens,
         next_tokens=[*tgt_tokens[1:], trace.next_tokens[-1]],
         next_pieces=[trace.next_pieces[i] for i in last],
-        src_words=list(range(len(src_tokens))),
-        tgt_words=list(range(len(tgt_tokens))),
+        src_words=[trace.src_words[i] for i in src_first],
+        tgt_words=[trace.tgt_words[i] for i in first],
         weights=weights,
         candidates=[trace.candidates[i] for i in last],
     )
 
 
-def word_indices(tokens: list[str], whole_words: bool) -> list[int]:
-    """The index of the word that each token belongs to.
-
-    With `whole_words` every token is a word. Otherwise a word starts at a subword with the prefix ▁; special
-    tokens and punctuation are separate words.
-    """
-    indices, after_standalone = [], True
+def character_indices(tokens: list[str]) -> list[int]:
+    """The index of the token that each token belongs to once the bytes of a UTF-8 character are one token."""
+    indices, after_byte = [], False
     for token in tokens:
-        standalone = token in SPECIAL_TOKENS or is_punctuation(token)
-        starts_word = whole_words or standalone or after_standalone or token.startswith("▁")
-        indices.append((indices[-1] + starts_word) if indices else 0)
-        after_standalone = standalone
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        continues = after_byte and byte and 0x80 <= int(byte[1], 16) < 0xC0
+        indices.append((indices[-1] + (not continues)) if indices else 0)
+        after_byte = byte is not None
     return indices
 
 
-def join_subwords(tokens: list[str], word_index: list[int]) -> list[str]:
-    """The text of each word; tokens of the byte fallback are decoded."""
-    words = [[] for _ in range(word_index[-1] + 1)]
-    for token, index in zip(tokens, word_index, strict=True):
-        words[index].append(token)
-    return [decoders.ByteFallback().decode(subwords).replace("▁", "") or "▁" for subwords in words]
+def join_tokens(tokens: list[str], group_index: list[int], strip: str = "") -> list[str]:
+    """The text of each group of tokens, without the string `strip`; tokens of the byte fallback are decoded."""
+    groups = [[] for _ in range(group_index[-1] + 1)]
+    for token, index in zip(tokens, group_index, strict=True):
+        groups[index].append(token)
+    texts = [decoders.ByteFallback().decode(group) for group in groups]
+    return [text.replace(strip, "") or text for text in texts]
 
 
-def is_punctuation(token: str) -> bool:
-    """Whether a token consists of punctuation marks and symbols only."""
-    text = token.strip("▁")
-    return text != "" and token not in SPECIAL_TOKENS and all(unicodedata.category(c)[0] in "PS" for c in text)
+def plain_text(tokens: list[str]) -> str:
+    """The tokens as one line: subwords are joined, and there is no space before punctuation."""
+    if any(token.startswith("▁") for token in tokens):
+        return "".join(tokens).replace("▁", " ").strip()
+    return re.sub(r" ([.,;:!?]+)(?= |$)", r"\1", " ".join(tokens))

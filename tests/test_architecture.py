@@ -23,8 +23,8 @@ from interpret.architecture import (
     preset_architecture,
     recorded_shapes,
     run_architecture,
-    save_architecture,
 )
+from interpret.charts import save_picture
 from model import get_model
 from runs.folder import RunFolder
 
@@ -171,7 +171,7 @@ def test_no_text_is_wider_than_its_box(preset):
 def test_files(tmp_path):
     chart = preset_architecture("toy")
     for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<svg")):
-        save_architecture(chart, tmp_path / name)
+        save_picture(chart, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
 
 

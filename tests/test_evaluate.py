@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from config import InputError
 from evaluate import format_scores, main, score, signature
+from translate import Translator
 
 
 def test_scores_of_perfect_and_partly_wrong_translations():
@@ -52,6 +53,18 @@ def test_the_scores_of_a_split_are_printed(trained_run, capsys):
     assert "test split, 1,000 sentences, beam 1" in out
     assert "exact match" in out
     assert signature() in out
+
+
+@pytest.mark.slow
+def test_the_translations_are_saved_one_per_line(trained_run, tmp_path, capsys):
+    (tmp_path / "a.en").write_text("She sleeps.\n\nI can eat an apple.\n")
+    (tmp_path / "a.it").write_text("Dorme.\n\nPosso mangiare una mela.\n")
+    files = {"source": str(tmp_path / "a.en"), "reference": str(tmp_path / "a.it"), "output": str(tmp_path / "out")}
+    main(run_dir=str(trained_run), **files)
+    expected = Translator.load(trained_run).translate(["She sleeps.", "", "I can eat an apple."])
+    assert (tmp_path / "out").read_text(encoding="utf8").split("\n") == [*expected, ""]
+    with pytest.raises(InputError, match=r"cannot write .*; give the name of a file in an existing folder"):
+        main(run_dir=str(trained_run), output=str(tmp_path / "none" / "out"))
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ def test_charts_of_experiments_are_drawn(translator, tmp_path):
         ),
     ]
     for i, chart in enumerate(drawn):
-        charts.save_png(chart, tmp_path / f"{i}.png")
+        charts.save_picture(chart, tmp_path / f"{i}.png")
     with pytest.raises(ValueError, match="different tokens"):
         charts.difference(before, record_trace(translator, "She sleeps."), "encoder", 0, 0)
 
