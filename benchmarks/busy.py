@@ -43,23 +43,24 @@ SETTINGS = {
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 BATCHES = 40
-UNMEASURED = 3.0  # seconds at the start of each measurement, in which share_cores adapts
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10_000))"
 
 
 # ---------------------------------------------------------------------------- the measured process
 
 
 def work(task: str, setting: str, batches_file: str) -> None:
-    """Runs the task for as many seconds as each line of stdin says, and prints target tokens per second."""
+    """Runs the task whenever stdin says for how long, first without measuring; prints target tokens per second."""
     run_batch, batches = prepare(task, torch.load(batches_file))
     if setting == SHARED:
         share_cores()
     stream = cycle(batches)
-    run_for(UNMEASURED, run_batch, stream)
+    run_batch(next(stream))
     print("ready", flush=True)
     for line in sys.stdin:
-        run_for(UNMEASURED, run_batch, stream)
-        print(run_for(float(line), run_batch, stream), flush=True)
+        unmeasured, measured = map(float, line.split())
+        run_for(unmeasured, run_batch, stream)
+        print(run_for(measured, run_batch, stream), flush=True)
 
 
 def prepare(task: str, batches: list[dict]) -> tuple[Callable[[dict], object], list[dict]]:
@@ -90,8 +91,9 @@ def run_for(seconds: float, run_batch: Callable[[dict], object], batches) -> flo
 # ---------------------------------------------------------------------------- the measurement
 
 
-def compare(task: str, settings: list[str], batches: list[dict], rounds: int, seconds: float) -> str:
-    """The table of all settings."""
+def compare(task: str, settings: list[str], batches: list[dict], rounds: int, seconds: tuple[float, float]) -> str:
+    """The table of all settings. `seconds` are those at the start of each measurement that are not counted, and those
+    that are."""
     with tempfile.NamedTemporaryFile() as file:
         torch.save(batches, file.name)
         workers = {setting: start_worker(task, setting, file.name) for setting in settings}
@@ -129,9 +131,9 @@ def start_worker(task: str, setting: str, batches_file: str) -> subprocess.Popen
     return worker
 
 
-def measure(worker: subprocess.Popen, seconds: float, is_busy: bool) -> float:
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_busy else None
-    worker.stdin.write(f"{seconds}\n")
+def measure(worker: subprocess.Popen, seconds: tuple[float, float], is_busy: bool) -> float:
+    busy = subprocess.Popen([sys.executable, "-c", BUSY]) if is_busy else None
+    worker.stdin.write("{} {}\n".format(*seconds))
     worker.stdin.flush()
     speed = float(worker.stdout.readline())
     if busy:
@@ -155,16 +157,18 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what to measure")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="what to compare")
     parser.add_argument("--seconds", type=float, default=5, help="seconds per measurement (default: %(default)s)")
+    parser.add_argument("--adapt", type=float, default=3, help="seconds before each, for share_cores to adapt")
     parser.add_argument("--work", nargs=3, help="used internally: run as the measured process")
     arguments = parser.parse_args()
     if arguments.work:
         work(*arguments.work)
         return
+    seconds = arguments.adapt, arguments.seconds
     print(describe_machine(CPU))
     for task in arguments.tasks:
         print(f"\n{task}\n")
         batches = batches_of(task, arguments.data)
-        print(compare(task, arguments.settings, batches, arguments.rounds, arguments.seconds), flush=True)
+        print(compare(task, arguments.settings, batches, arguments.rounds, seconds), flush=True)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def share_identical(reference: ThisProject, tested: ThisProject, source: torch.T
     for project in (reference, tested):
         model, device = with_larger_weights(project.model), project.state.device
         if project.training_precision == "bf16":
-            use_low_precision_products(model)
+            use_low_precision_products(model, torch.bfloat16)
         found.append(search_with_limits(model, source.to(device), limits.to(device), beam_size))
     return sum(a == b for a, b in zip(*found, strict=True)) / len(source)
 

@@ -104,7 +104,7 @@ class ThisProject:
         forbid_eos(self.model.eval())
         precision = choose_precision(self.precision, self.state.device, self.model)
         if precision == "bf16":
-            use_low_precision_products(self.model)
+            use_low_precision_products(self.model, torch.bfloat16)
         return precision
 
     def decode(self, source: Tensor, lengths: Tensor, beam_size: int) -> list[list[int]]:

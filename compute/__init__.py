@@ -1,1 +1,1 @@
-"""Devices, precision, memory, fast operations and distributed training."""
+"""Devices, precision, memory, threads, fast operations and distributed training."""

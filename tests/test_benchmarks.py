@@ -10,6 +10,7 @@ from dataset import EOS, PAD, SOS
 from model import CrossAttentionCache, SelfAttentionCache
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import busy
 import corpus_size
 import decoding_speed
 import engines
@@ -68,6 +69,16 @@ def test_translations_are_as_long_as_their_references(beam_size):
     with torch.inference_mode():
         translations = project.decode(source, lengths, beam_size)
     assert [len(ids) for ids in translations] == lengths.tolist()
+
+
+def test_speed_beside_a_busy_process_is_measured(monkeypatch, capsys):
+    small = ["--tasks", "toy training", "--settings", busy.DEFAULT, busy.SHARED]
+    monkeypatch.setattr(sys, "argv", ["busy.py", *small, "--rounds", "1", "--seconds", "0.1", "--adapt", "0.1"])
+    busy.main()
+    *_, default, shared = capsys.readouterr().out.splitlines()
+    assert default.startswith(f"| {busy.DEFAULT} |")
+    assert default.split(" | ")[2] == "1.00"
+    assert shared.startswith(f"| {busy.SHARED} |")
 
 
 def test_growth_is_measured_and_drawn(monkeypatch):
