@@ -194,7 +194,8 @@ def save_explorer(traced: AttentionTrace, path: Path, chromium: str) -> None:
     shot = Image.open(path).convert("RGB")
     background = Image.new("RGB", shot.size, shot.getpixel((0, 0)))
     bottom = ImageChops.difference(shot, background).getbbox()[3]
-    shot.crop((0, 0, shot.width, min(shot.height, bottom + 20))).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    shot = shot.crop((0, 0, shot.width, min(shot.height, bottom + 20)))
+    shot.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # ---------------------------------------------------------------------------- saving
