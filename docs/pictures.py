@@ -187,13 +187,14 @@ def save_explorer(traced: AttentionTrace, path: Path, chromium: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_page(traced, f"{folder}/page.html")
         flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-        flags += " disable-component-update disable-sync hide-scrollbars force-device-scale-factor=1.5"
-        flags += f" window-size=1180,1400 virtual-time-budget=8000 user-data-dir={folder}/profile"
+        flags += " disable-component-update disable-sync hide-scrollbars force-device-scale-factor=1"
+        flags += f" window-size=1440,1300 virtual-time-budget=8000 user-data-dir={folder}/profile"
         command = [chromium, *(f"--{flag}" for flag in flags.split()), f"--screenshot={path}", f"{folder}/page.html"]
         subprocess.run(command, check=True, capture_output=True)
     shot = Image.open(path).convert("RGB")
-    left, top, right, bottom = ImageChops.difference(shot, Image.new("RGB", shot.size, "white")).getbbox()
-    shot = shot.crop((left - 12, top - 12, right + 12, bottom + 12))
+    background = Image.new("RGB", shot.size, shot.getpixel((0, 0)))
+    bottom = ImageChops.difference(shot, background).getbbox()[3]
+    shot = shot.crop((0, 0, shot.width, min(shot.height, bottom + 20)))
     shot.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
