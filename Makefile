@@ -31,7 +31,8 @@ clean:  ## remove the virtual environment and caches, but not weights/
 	rm -rf .venv .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/run: requirements.txt
+.venv/run: requirements.txt requirements-train.txt requirements-charts.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.13')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
@@ -40,6 +41,6 @@ clean:  ## remove the virtual environment and caches, but not weights/
 	$(BIN)/pip install -q -r requirements-app.txt
 	touch $@
 
-.venv/dev: .venv/run requirements-dev.txt
+.venv/dev: .venv/run requirements-notebooks.txt requirements-app.txt requirements-export.txt requirements-dev.txt
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@

@@ -7,14 +7,16 @@ import errno
 import functools
 import io
 import math
+import multiprocessing
 import os
 import re
+import shutil
+import signal
 import sys
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
-
-import tyro
 
 
 class InputError(Exception):
@@ -202,6 +204,13 @@ def get_config(preset: str = "opus_books", **overrides) -> Config:
     return Config(**{"preset": preset, **PRESETS[preset], **overrides})
 
 
+def split_source(source: str) -> tuple[str, str]:
+    """Name and split of a source (see `Config`); the split is "" if none is given. The drive in C:/data is no name."""
+    drive, path = os.path.splitdrive(source)
+    name, _, split = path.partition(":")
+    return drive + name, split
+
+
 def counted(number: int, noun: str) -> str:
     """The number with its noun: 1 epoch, 2,500 steps."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -295,16 +304,22 @@ def check_values(config: Config) -> None:
 # ---------------------------------------------------------------------------- command lines
 
 
+MIN_COLUMNS = 40  # narrower help takes minutes to wrap and gigabytes
+
+
 def parse(target, argv: list[str], **options):
     """`tyro.cli` with one-line errors. `target` is a dataclass to build, or a function to call with the flags.
 
     Raises InputError for bad flags.
     """
+    import tyro  # takes a while, and quiet_interrupts should be called early
 
     @functools.wraps(target, updated=())
     def deferred(*args, **kwargs):  # otherwise tyro would call the target before unknown flags are reported
         return functools.partial(target, *args, **kwargs)
 
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:
+        os.environ["COLUMNS"] = str(MIN_COLUMNS)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -331,18 +346,89 @@ def _first_paragraph(box: str) -> str:
 
 
 def run_command(main) -> None:
-    """Calls main(argv) of a script; an InputError becomes one line on stderr and exit status 2."""
+    """Calls main(argv) of a script. An error that the user can fix becomes one line on stderr, and exit status 2.
+
+    `python -X dev train.py …` shows the traceback of such an error.
+    """
+    signal.signal(signal.SIGINT, INTERRUPT_HANDLER)
+    use_utf8()
     try:
+        if sys.version_info < (3, 11):  # noqa: UP036
+            raise InputError(f"this is Python {sys.version.split()[0]}; use 3.11 or newer")
         main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout has closed it, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        sys.exit(141)
+    except Exception as error:
+        line = explanation(error)
+        if line is None or sys.flags.dev_mode:
             raise
-        print(f"error: {error}; free some space, then run the same command again", file=sys.stderr)
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def use_utf8() -> None:
+    """Makes stdout and stderr UTF-8, whatever the locale: on Windows, redirected output is cp1252 otherwise.
+
+    Streams that the caller has closed are opened on the null device.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf8"))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf8", errors="backslashreplace")
+
+
+# The file that lists a package which not every command needs, by the name under which it is imported.
+OPTIONAL_PACKAGES = {
+    "altair": "requirements-charts.txt",
+    "vl_convert": "requirements-charts.txt",
+    "PIL": "requirements-charts.txt",
+    "ctranslate2": "requirements-export.txt",
+}
+
+REMEDIES = {
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), "check the path"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "fix its permissions or choose another path"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, then run the same command again"),
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def explanation(error: Exception) -> str | None:
+    """One line for an error that is due to input, files or the machine; None for an error of this project."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # PyTorch raises a RuntimeError
+        return f"out of memory ({error}); lower --batch-tokens, --seq-len or the size of the model"
+    if isinstance(error, OSError):
+        return f"{error}; {REMEDIES.get(error.errno, 'check the file and its disk')}"
+    if isinstance(error, UnicodeError):
+        return f"a text or a file name is not UTF-8 ({error}); convert or rename it"
+    if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
+        return f"{error.name} is not installed; pip install -r {OPTIONAL_PACKAGES[error.name]}"
+    return None
+
+
+# ---------------------------------------------------------------------------- Ctrl-C during imports
+
+INTERRUPT_HANDLER = signal.getsignal(signal.SIGINT)
+
+
+def quiet_interrupts() -> None:
+    """Ctrl-C while a command imports its packages, which takes seconds, ends it at once and without a traceback.
+
+    Data loader workers, which import them as well where they are not forked, ignore it: the training process ends them
+    after saving. Called when this module is imported, before PyTorch.
+    """
+    is_command = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+    if is_command and INTERRUPT_HANDLER is signal.default_int_handler:
+        is_worker = multiprocessing.parent_process() is not None
+        signal.signal(signal.SIGINT, signal.SIG_IGN if is_worker else signal.SIG_DFL)
+
+
+quiet_interrupts()

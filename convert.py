@@ -16,6 +16,10 @@ weight = alpha * sqrt((D - 1) / D). The difference between the epsilons remains:
 about 1 + 5e-6 / variance. The tutorial's alpha and bias may be single numbers; they are repeated for all D features.
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import InputError, get_config, parse, run_command
+
+# isort: split
 import math
 import pickle
 import re
@@ -25,7 +29,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import InputError, get_config, parse, run_command
 from dataset import load_tokenizer
 from export import UNKNOWN_CORPUS, to_safetensors
 from model import get_model

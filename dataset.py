@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -185,7 +186,7 @@ class BilingualDataset(torch.utils.data.Dataset):
 
     encoder_input (B, S), decoder_input (B, T) and label (B, T), int64;
     encoder_mask (B, 1, 1, S) and decoder_mask (B, 1, T, T), boolean, True = may attend;
-    target_tokens (N,), the N labels that are not padding, and target_positions (N,), their indices in the flattened label;
+    target_tokens (N,), the N labels that are not padding, and target_positions (N,), their indices in label.flatten();
     src_text and tgt_text, lists of B strings.
 
     Pairs with a blank side or more than `seq_len` tokens are skipped and counted in `skipped_blank` and
@@ -401,6 +402,11 @@ class Batches:
         yield positions[order[start:]]
 
 
+# How workers are started. Forked ones share the memory of the training process and leave signals to it, but Python does
+# not fork by default on macOS, nor on Linux from version 3.14 on, and cannot on Windows.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+
 def make_loader(
     dataset: BilingualDataset, batches: Iterable[list[int]], num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
@@ -410,6 +416,7 @@ def make_loader(
         sampler=batches,
         batch_size=None,
         num_workers=num_workers,
+        multiprocessing_context=START_METHOD if num_workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )

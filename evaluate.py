@@ -4,6 +4,10 @@ python evaluate.py --split test
 python evaluate.py --source test.en --reference test.it
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import InputError, parse, run_command
+
+# isort: split
 import json
 import time
 from pathlib import Path
@@ -13,7 +17,6 @@ import sacrebleu
 import tyro
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
-from config import InputError, parse, run_command
 from corpora.files import check_aligned, read_text_file
 from corpora.sources import load_split
 from translate import Translator, blank_long, check_search
@@ -81,7 +84,7 @@ def main(
         average: number of epochs whose weights are averaged, the best or the latest ones
         bleu_tokenizer: tokenizer of sacreBLEU; none for text that is already tokenized
         device: auto, cuda, mps or cpu
-        precision: fp32; bf16 or fp16 in linear layers; auto: bf16 if supported natively, otherwise fp16 on a GPU; fp32 for small models on a CPU
+        precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)
         as_json: output as one JSON object
     """
     if bool(source) != bool(reference):

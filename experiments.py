@@ -1,78 +1,35 @@
 """Ablation experiments: attention is corrupted, sublayers and heads are switched off, words are reordered.
 
-    T  target tokens that the decoder reads    V  target vocabulary
-
     python experiments.py "I can eat an apple."
 
 The variants are defined in interpret/interventions.py; the baseline is the unchanged model. Translations are greedy and
 computed without caches, because a variant may change all positions.
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import InputError, parse, run_command
+
+# isort: split
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
-import torch
 import tyro
-from torch import Tensor
 from tqdm import tqdm
 
-from config import InputError, parse, run_command
 from corpora.sources import load_split
-from dataset import EOS, SOS, padding_mask
 from evaluate import score
+from interpret.findings import measure_findings
 from interpret.interventions import UNIFORM_CROSS, VARIANTS, Variant, head_off
-from interpret.page import save_report
-from interpret.text import step_table_text, variants_text
+from interpret.steps import log_probability, step_table
+from interpret.study import STUDY, study
+from interpret.text import findings_text, step_table_text, variants_text
 from interpret.trace import AttentionTrace, record_trace
-from model import causal_mask
 from translate import Translator
 
 # ---------------------------------------------------------------------------- one sentence
-
-
-@torch.inference_mode()
-def step_logits(translator: Translator, sentence: str, target_ids: list[int]) -> Tensor:
-    """Logits (T, V) of all steps of a given translation, including the step that predicts [EOS]."""
-    source = torch.tensor([translator.encode(sentence)], device=translator.device)
-    decoder_input = torch.tensor([[SOS, *target_ids]], device=translator.device)
-    mask = causal_mask(decoder_input.size(1), source.device)
-    return translator.model(source, decoder_input, padding_mask(source), mask)[0].float()
-
-
-def log_probability(translator: Translator, sentence: str, target_ids: list[int]) -> float:
-    """log p(target, [EOS] | sentence) in nats."""
-    log_p = step_logits(translator, sentence, target_ids).log_softmax(-1)
-    return log_p[torch.arange(len(log_p)), torch.tensor([*target_ids, EOS], device=log_p.device)].sum().item()
-
-
-def step_table(
-    translator: Translator, sentence: str, words: list[str] | None = None, runners_up: int = 1
-) -> pd.DataFrame:
-    """Logits and probabilities of the decoding steps: step, label, word, logit, probability, chosen.
-
-    One row per step and word. By default, the words are the tokens of the translation and the `runners_up` next most
-    probable tokens of each step. Raises InputError for a word that is not in the vocabulary.
-    """
-    (ids,) = translator.search([translator.encode(sentence)], use_cache=False)
-    logits = step_logits(translator, sentence, ids).cpu()
-    chosen, token = [*ids, EOS], translator.tokenizer_tgt.id_to_token
-    if words is None:
-        top = logits.topk(runners_up + 1).indices.tolist()
-        shown = list(dict.fromkeys([*chosen, *(i for step in top for i in step)]))
-    else:
-        shown = [translator.tokenizer_tgt.token_to_id(word) for word in words]
-        if None in shown:
-            raise InputError(f"no token {words[shown.index(None)]!r} in the target vocabulary of this run")
-    p = logits.softmax(-1)
-    read = ["[SOS]", *(token(i) for i in ids)]
-    return pd.DataFrame([
-        {"step": t, "label": f"{t + 1}) {read[t]} → {token(chosen[t])}", "word": token(i), "logit": logits[t, i].item(),
-         "probability": p[t, i].item(), "chosen": i == chosen[t]}
-        for t in range(len(chosen)) for i in shown
-    ])  # fmt: skip
 
 
 def compare(translator: Translator, sentence: str, variants: list[Variant] = VARIANTS) -> pd.DataFrame:
@@ -162,6 +119,8 @@ def main(
     sentence: Annotated[str | None, tyro.conf.Positional] = None,
     /,
     run_dir: str = "",
+    logits_study: bool = False,
+    findings: bool = False,
     heads: bool = False,
     split: Literal["", "validation", "test"] = "",
     sentences: int = 200,
@@ -174,10 +133,12 @@ def main(
     Args:
         sentence: sentence to translate
         run_dir: folder of the run; empty: the most recently trained run
+        logits_study: the variants of the logits study (docs/studies.md) in place of the others
+        findings: measure the findings of the logits study in addition, on a run of an embedded corpus
         heads: head importance in addition: the drop in BLEU with each head switched off
         split: split on which BLEU and exact match of every variant are measured in addition: validation or test
-        sentences: number of sentences of the split that are translated
-        html: HTML file for a report that works offline
+        sentences: number of sentences that are translated for the split, head importance and findings
+        html: HTML file for a report that works offline; with --logits-study, the steps of every variant
         csv: file for the table of variants; head importance goes to a second file beside it
         device: auto, cuda, mps or cpu
     """
@@ -188,31 +149,38 @@ def main(
     for path in (html, csv):
         if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
             raise InputError(f"cannot write {path}; give the name of a file in an existing folder")
+    if html:
+        from interpret.page import save_report, save_study  # needs the packages of requirements-charts.txt
     translator = Translator.load(run_dir, device)
-    steps = step_table(translator, sentence)
+    steps, variants = step_table(translator, sentence), STUDY if logits_study else VARIANTS
     print(step_table_text(steps) + "\n")
-    table = compare(translator, sentence)
+    table = compare(translator, sentence, variants)
     importance = None
     if heads or split:
         pairs = load_split(translator.config, split or "validation")
         pairs = pairs.select(range(min(sentences, len(pairs))))
         sources, references = list(pairs["src"]), list(pairs["tgt"])
         if split:
-            table = table.merge(measure(translator, sources, references), on="variant")
+            table = table.merge(measure(translator, sources, references, variants), on="variant")
         if heads:
             importance = head_importance(translator, sources, references)
     print(variants_text(table))
     if importance is not None:
         print("\n" + importance.sort_values("bleu_drop", ascending=False).round(2).to_string(index=False))
+    if findings:
+        print("\n" + findings_text(measure_findings(translator, sentences)))
     if csv:
         write_csv(table, Path(csv))
         if importance is not None:
             write_csv(importance, Path(csv).with_suffix(".heads.csv"))
-    if html:
+    if html and logits_study:
+        save_study(html, study(translator, sentence))
+    elif html:
         trace = record_trace(translator, sentence)
         ids = translator.search([translator.encode(sentence)])[0]
         corrupted = trace_variant(translator, sentence, ids, UNIFORM_CROSS)
         save_report(html, sentence, trace, corrupted, steps, table, importance)
+    if html:
         print(f"wrote {html} ({Path(html).stat().st_size / 1e6:.2f} MB)", file=sys.stderr)
 
 

@@ -7,7 +7,10 @@ python export.py --output-dir hub --form safetensors     # then: hf upload NAME 
 D  d_model
 """
 
-import os
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import InputError, parse, run_command
+
+# isort: split
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -15,11 +18,9 @@ from typing import Literal
 import numpy as np
 import safetensors.torch
 import torch
-from ctranslate2.specs import TransformerSpec, attention_spec, common_spec
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from config import InputError, parse, run_command
 from dataset import EOS, SOS, SPECIAL_TOKENS, UNK
 from model import DecoderBlock, EncoderBlock, MultiHeadAttentionBlock, PositionalEncoding
 from runs.folder import RunFolder, check_new_folder
@@ -36,6 +37,8 @@ def to_ctranslate2(translator: Translator, output_dir: str | Path, quantization:
 
     That class takes and returns token strings, and adds [SOS] and [EOS] to the source itself.
     """
+    from ctranslate2.specs import TransformerSpec  # optional package
+
     model, config = translator.model, translator.config
     is_pre_norm = config.norm == "pre"
     spec = TransformerSpec.from_config(
@@ -93,9 +96,7 @@ def set_decoder_block(block, layer: DecoderBlock) -> None:
     set_feed_forward(block.ffn, layer.feed_forward_block, norms[2])
 
 
-def set_attention(
-    spec: attention_spec.MultiHeadAttentionSpec, block: MultiHeadAttentionBlock, norm: nn.LayerNorm, fused: str
-) -> None:
+def set_attention(spec, block: MultiHeadAttentionBlock, norm: nn.LayerNorm, fused: str) -> None:
     """Copies an attention block and the LayerNorm of its residual connection.
 
     `fused` names the projections that CTranslate2 stores in one matrix: qkv in self-attention, kv in cross-attention.
@@ -115,13 +116,13 @@ def set_feed_forward(spec, block: nn.Module, norm: nn.LayerNorm) -> None:
     set_linear(spec.linear_1, block.linear_2)
 
 
-def set_linear(spec: common_spec.LinearSpec, linear: nn.Linear) -> None:
+def set_linear(spec, linear: nn.Linear) -> None:
     spec.weight = to_numpy(linear.weight)
     if linear.bias is not None:
         spec.bias = to_numpy(linear.bias)
 
 
-def set_norm(spec: common_spec.LayerNormSpec, norm: nn.LayerNorm) -> None:
+def set_norm(spec, norm: nn.LayerNorm) -> None:
     spec.gamma, spec.beta = to_numpy(norm.weight), to_numpy(norm.bias)
 
 
@@ -168,6 +169,9 @@ A Transformer that translates from {config.lang_src} to {config.lang_tgt}{traine
 {config.encoder_layers} encoder and {config.decoder_layers} decoder layers,
 d_model {config.d_model}, {parameters:,} parameters.
 
+To translate, run this in the folder of the project that trained it, "Transformer from scratch". Its module
+`translate` is not the package of that name on PyPI.
+
 ```python
 from translate import Translator
 
@@ -194,17 +198,19 @@ def main(
         weights: best (on the validation set), latest, or an epoch number
         average: number of epochs whose weights are averaged, the best or the latest ones
     """
-    folder = Path(output_dir)
+    folder = Path(output_dir).resolve()
     check_new_folder(folder)
     translator = Translator.load(run_dir, "cpu", weights, average)
     partial = folder.with_name(f".{folder.name}.tmp")  # renamed at the end: a full disk leaves no partial export
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
     try:
         if form == "ctranslate2":
             to_ctranslate2(translator, partial, quantization)
         else:
             to_safetensors(translator, partial)
-        folder.mkdir(parents=True, exist_ok=True)
-        os.replace(partial, folder)
+        if folder.exists():
+            folder.rmdir()  # it is empty; Windows does not replace folders
+        partial.rename(folder)
     except safetensors.SafetensorError as error:
         raise InputError(f"cannot write {folder} ({error}); free some space or choose another folder") from None
     finally:

@@ -174,9 +174,7 @@ class MultiHeadAttentionBlock(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, T, D) -> (B, H, T, d_k)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = False
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
         """softmax(query key^T / sqrt(d_k)) value (equation 1): (B, H, Q, d_k)."""
         self.attention_scores = None
         dropout = self.dropout.p if self.training else 0.0

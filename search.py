@@ -101,9 +101,10 @@ class Finished(NamedTuple):
 
     def hypotheses(self, n_best: int) -> list[list[Hypothesis]]:
         """The `n_best` of each sentence."""
-        sentences = zip(*(x[:, :n_best].tolist() for x in (self.tokens, self.log_p, self.score)), strict=True)
+        columns = (x[:, :n_best].tolist() for x in (self.tokens, self.log_p, self.score))
+        sentences = (zip(*rows, strict=True) for rows in zip(*columns, strict=True))
         return [
-            [Hypothesis(until_eos(ids), log_p, score) for ids, log_p, score in zip(*rows) if score > -math.inf]
+            [Hypothesis(until_eos(ids), log_p, score) for ids, log_p, score in rows if score > -math.inf]
             for rows in sentences
         ]
 

@@ -5,6 +5,10 @@ preparation of a run. The loss of a step is the sum over all target tokens of it
 that neither padding nor batch sizes change the weight of a token.
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import INHERITED_FIELDS, PRESETS, Config, InputError, counted, get_config, parse, run_command
+
+# isort: split
 import argparse
 import contextlib
 import math
@@ -34,7 +38,7 @@ from compute.device import (
     peak_memory,
     runs_asynchronously,
 )
-from config import INHERITED_FIELDS, PRESETS, Config, InputError, counted, get_config, parse, run_command
+from compute.threads import share_cores
 from corpora.sources import count_shared, load_split
 from dataset import Batches, BilingualDataset, encode_splits, make_loader
 from evaluate import format_scores, score
@@ -45,7 +49,7 @@ from training.initial import start_from
 from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars
 from training.losses import LossInputs, TrainingLoss, count_target_tokens
 from training.resume import ResumePoint, check_same_data, find_resume_point
-from training.signals import StopSignal
+from training.signals import StopSignal, starting_workers
 from training.state import Progress, TrainingState
 from translate import Translator
 
@@ -92,7 +96,8 @@ def optimizer_steps(
 ) -> Iterator[StepBatches]:
     """Yields the batches of each optimizer step of an epoch, from batch `start` on."""
     own = distributed.own_batches(batches.starting_at(start), config.accumulation_steps)
-    loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
+    with starting_workers() if config.num_workers else contextlib.nullcontext():
+        loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
     size = config.accumulation_steps * distributed.world_size()
     for count in distributed.own_counts(len(batches) - start, config.accumulation_steps):
         yield StepBatches(next_batches(loader, max(1, count), config), count == 0, min(size, len(batches) - start))
@@ -242,10 +247,10 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
 
 @contextlib.contextmanager
 def removing_on_error(folders: list[Path]) -> Iterator[None]:
-    """If an InputError is raised, removes the first of these folders with its files, and the others if empty."""
+    """If an error is raised, removes the first of these folders with its files, and the others if empty."""
     try:
         yield
-    except InputError:
+    except Exception:
         with contextlib.suppress(OSError):
             for folder in folders[:1]:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -259,7 +264,7 @@ def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
     """Creates the run's folder and locks it for this process."""
     folder.check_writable()
     if config.mirror_dir:
-        mirror.check_mounted(RunFolder(config.mirror_dir))
+        mirror.check(RunFolder(config.mirror_dir), folder, config)
     folder.create()
     with folder.locked():
         folder.sweep()
@@ -269,6 +274,10 @@ def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
 def warn_shared_pairs(train_pairs: Dataset, validation_pairs: Dataset) -> None:
     if shared := count_shared(train_pairs, validation_pairs):
         warn(f"validation pairs that are also in the training set: {shared:,}; scores will be too optimistic")
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def warn(line: str) -> None:
@@ -288,7 +297,7 @@ def planned_steps(config: Config, batches_per_epoch: int) -> int:
 def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Module, precision: str) -> None:
     """Prints device, run folder, corpus, model size and number of steps."""
     device, train, validation, tokenizer_src, tokenizer_tgt, _ = prepared
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model)
     sizes = tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     print(f"device       {device.type} ({device_name(device)}), {precision}{processes}")
@@ -388,7 +397,7 @@ def validate(
 def update_mirror(config: Config, folder: RunFolder, log: TrainingLog) -> None:
     if config.mirror_dir:
         log.flush()
-        mirror.update(RunFolder(config.mirror_dir), folder)
+        mirror.update(RunFolder(config.mirror_dir), folder, config.best_by)
 
 
 # ---------------------------------------------------------------------------- a whole run
@@ -400,6 +409,7 @@ def train_model(config: Config) -> TrainingState:
     Raises InputError for bad input, before an existing run is changed.
     """
     keep_freed_memory()
+    share_cores()
     folder = RunFolder.of(config)
     with distributed.process_group(), contextlib.ExitStack() as resources:
         # Prepare: the first process encodes the corpus, the others then load it from the cache
@@ -421,6 +431,9 @@ def train_model(config: Config) -> TrainingState:
         del prepared, resume_point  # frees the loaded checkpoint
         if distributed.is_first():
             folder.save_config(config)
+            folder.save_run_id()
+            if config.mirror_dir:
+                mirror.begin(RunFolder(config.mirror_dir), count_parameters(state.model), has_ema=config.ema_decay > 0)
         log = TrainingLog(folder, state.progress.step, state.scaler)
         resources.callback(log.close)
         translator = Translator(state.evaluated_model, config, *tokenizers)

@@ -7,6 +7,10 @@ python translate.py "I can eat an apple."
 python translate.py < sentences.en > sentences.it
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import Config, InputError, counted, parse, run_command
+
+# isort: split
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -26,7 +30,7 @@ from tqdm import tqdm
 
 from compute.device import DTYPES, choose_precision, explained_out_of_memory, get_device, keep_freed_memory
 from compute.ops import use_low_precision_products
-from config import Config, InputError, parse, run_command
+from compute.threads import share_cores
 from corpora.alignment import lexical_consistency, merge_weights, pharaoh, strongest_links
 from corpora.files import read_lines
 from corpora.sources import load_split
@@ -120,6 +124,7 @@ class Translator:
         log-probabilities by a few thousandths per token. Raises InputError for a missing, damaged or inconsistent run.
         """
         keep_freed_memory()
+        share_cores()
         folder = RunFolder.find(run_dir)
         config = folder.load_config()
         path, is_export = folder.exported_weights, folder.exported_weights.is_file()
@@ -262,7 +267,7 @@ class Translator:
 
 def within_memory(sources: list[list[int]]) -> AbstractContextManager:
     """Context in which a GPU's out-of-memory error becomes an InputError with the size of this batch."""
-    batch = f"{len(sources)} sentences of up to {max(map(len, sources))} tokens"
+    batch = f"{counted(len(sources), 'sentence')} of up to {max(map(len, sources))} tokens"
     return explained_out_of_memory(batch, "lower --beam-size, or --validation-sentences in training, or use the CPU")
 
 
@@ -456,7 +461,7 @@ def main(
         weights: best (on the validation set), latest, or an epoch number
         average: number of epochs whose weights are averaged, the best or the latest ones
         device: auto, cuda, mps or cpu
-        precision: fp32; bf16 or fp16 in linear layers; auto: bf16 if supported natively, otherwise fp16 on a GPU; fp32 for small models on a CPU
+        precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)
     """
     check_search(beam_size, length_penalty, n_best or 1)
     if alignments and n_best:

@@ -5,19 +5,18 @@ python visualize.py --file sentences.txt --html sentences.html
 python visualize.py --architecture model.svg
 """
 
+# config comes first: it makes Ctrl-C quiet during the imports below
+from config import InputError, parse, run_command
+
+# isort: split
 import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
-import altair as alt
 import tyro
 
-from config import InputError, parse, run_command
 from corpora.files import read_text_file
-from interpret.architecture import preset_architecture, run_architecture
-from interpret.charts import SUFFIXES, grid, mean_heads, save_picture, single_head, top_keys
 from interpret.measures import check_heads, weights_of_query
-from interpret.page import save_page
 from interpret.text import candidates_text, heat_map_text, row_bars_text, top_keys_text
 from interpret.trace import AttentionTrace, merge_bytes, merge_words, record_trace
 from translate import Translator
@@ -70,6 +69,10 @@ def main(
             raise InputError(f"{path} is a folder; give the name of a file")
         if path and not Path(path).parent.is_dir():
             raise InputError(f"no folder {Path(path).parent} to write {path} to; create it first")
+    if html or png or architecture or preset:  # these modules need the packages of requirements-charts.txt
+        from interpret.architecture import preset_architecture, run_architecture
+        from interpret.charts import SUFFIXES, picture, save_picture
+        from interpret.page import save_page
     if png and Path(png).suffix.lower() not in SUFFIXES:
         raise InputError(f"{png} does not end in {' or '.join(SUFFIXES)}; give --png such a name")
     if architecture or preset:
@@ -122,19 +125,6 @@ def load_traces(
     return [record_trace(translator, one, target) for one in sentences]
 
 
-def picture(
-    trace: AttentionTrace, kind: str, layer: int | None, head: int | str | None, row: int | None
-) -> alt.TopLevelMixin:
-    """The chart for --png."""
-    if row is not None:
-        return top_keys(trace, kind, row)
-    if head == "mean":
-        return mean_heads(trace, kind, layers=None if layer is None else [layer])
-    if None not in (layer, head):
-        return single_head(trace, kind, layer, head)
-    return grid(trace, kind, None if layer is None else [layer], None if head is None else [head])
-
-
 def print_text(trace: AttentionTrace, kind: str, layer: int | None, head: int | str | None, row: int | None) -> None:
     layer = len(trace.weights[kind]) - 1 if layer is None else layer
     row = len(trace.labels(kind)[0]) - 1 if row is None else row
@@ -151,6 +141,8 @@ def print_text(trace: AttentionTrace, kind: str, layer: int | None, head: int | 
 
 def check_architecture(path: str, preset: str, run_dir: str, sentence: str | None, trace_file: str) -> None:
     """Raises InputError for options that do not go with --architecture and --preset."""
+    from interpret.charts import SUFFIXES
+
     if not path:
         raise InputError(f"--preset {preset} is for --architecture only; add --architecture FILE.svg")
     if Path(path).suffix not in SUFFIXES:

@@ -121,7 +121,7 @@ def fast_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class LowPrecisionLinear(nn.Module):
-    """An `nn.Linear` that computes in bf16 or fp16, for inference: weights are cast once, inputs and outputs in each call.
+    """An `nn.Linear` in bf16 or fp16, for inference: weights are cast once, inputs and outputs in each call.
 
     `torch.autocast` gives the same numbers, but casts the weights in every call.
     """

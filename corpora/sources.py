@@ -1,9 +1,10 @@
 """Loads sentence pairs from any supported source, and splits them into training and validation.
 
-`load_pairs` loads one source: the toy corpus, local files (corpora/files.py), or a Hub dataset. `load_split` chooses
-the source for training, validation or test, and splits it where needed.
+`load_pairs` loads one source: an embedded corpus, local files (corpora/files.py), or a Hub dataset. `load_split`
+chooses the source for training, validation or test, and splits it where needed.
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import pyarrow.compute as pc
 from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 
-from config import Config, InputError
+from config import Config, InputError, split_source
 from corpora.files import FORMATS, format_of, load_aligned, load_file, text_file, text_of
-from corpora.toy import LANGUAGES, SPLIT_SIZES, toy_pairs
+from corpora.patterns import SPLITS, pattern_pairs
+from corpora.toy import LANGUAGES, SPLIT_SIZES, Pair, toy_pairs
 
 HUB_TIMEOUT = 10  # seconds
 MAX_VALIDATION_PAIRS = 10_000  # maximum number of pairs split off for validation
@@ -31,11 +33,13 @@ def load_pairs(source: str, config: Config) -> datasets.Dataset:
     """
     if format_of(source) in FORMATS:
         return load_file(Path(source), config)
-    name, _, split = source.partition(":")
+    name, split = split_source(source)
     if not name:
         raise InputError(f"the source {source!r} has no name; give one such as wmt/wmt14:validation")
     if name == "toy":
         return load_toy(split or "train", config)
+    if name == "patterns":
+        return load_patterns(split or "train", config)
     languages = (config.lang_src, config.lang_tgt)
     if any(text_file(source, lang).exists() for lang in languages):
         return load_aligned(source, config)
@@ -52,7 +56,7 @@ def load_pairs(source: str, config: Config) -> datasets.Dataset:
     return load_hub(name, split or "train", config)
 
 
-# ---------------------------------------------------------------------------- the toy corpus
+# ---------------------------------------------------------------------------- embedded corpora
 
 
 def load_toy(split: str, config: Config) -> datasets.Dataset:
@@ -62,7 +66,19 @@ def load_toy(split: str, config: Config) -> datasets.Dataset:
             raise InputError(f"the toy corpus has no language {lang!r}; it has {', '.join(LANGUAGES)}")
     if split not in SPLIT_SIZES:
         raise InputError(f"the toy corpus has no split {split!r}; it has {', '.join(SPLIT_SIZES)}")
-    pairs = toy_pairs(config.lang_src, config.lang_tgt, split)
+    return dataset_of(toy_pairs(config.lang_src, config.lang_tgt, split))
+
+
+def load_patterns(split: str, config: Config) -> datasets.Dataset:
+    """A split of the corpus of three patterns. Raises InputError for a language or split that it does not have."""
+    if (config.lang_src, config.lang_tgt) != ("en", "de"):
+        raise InputError(f"the patterns corpus is en to de, not {config.lang_src} to {config.lang_tgt}")
+    if split not in SPLITS:
+        raise InputError(f"the patterns corpus has no split {split!r}; it has {', '.join(SPLITS)}")
+    return dataset_of(pattern_pairs(split))
+
+
+def dataset_of(pairs: Iterable[Pair]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"src": [p.src_text for p in pairs], "tgt": [p.tgt_text for p in pairs]})
 
 

@@ -5,13 +5,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from config import InputError, run_command
 from course.checks import STEPS, CheckFailed, own_functions, run_step
 from course.lessons import LESSONS
 
 
 def main(namespace: Mapping) -> None:
     """Runs the command with the functions of the script, its globals()."""
-    arguments = parse_arguments()
+    run_command(lambda argv: run(parse_arguments(argv), namespace))
+
+
+def run(arguments: argparse.Namespace, namespace: Mapping) -> None:
     try:
         if arguments.grade:
             grade(arguments.grade)
@@ -28,7 +32,7 @@ def main(namespace: Mapping) -> None:
         sys.exit(1)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Checks the twelve steps of the course in order, and stops at the first failure."
     )
@@ -37,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hint", type=int, choices=numbers, metavar="N", help="print the hint of a step")
     parser.add_argument("--train", action="store_true", help="train your model on the toy corpus and translate with it")
     parser.add_argument("--grade", type=Path, nargs="+", metavar="FILE", help="grade solution files, .py or .ipynb")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def grade(paths: list[Path]) -> None:
@@ -45,8 +49,7 @@ def grade(paths: list[Path]) -> None:
 
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        print(f"error: no file {missing[0]}; give solution files, .py or .ipynb", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(f"no file {missing[0]}; give solution files, .py or .ipynb")
     print(table(paths))
 
 

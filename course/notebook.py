@@ -8,11 +8,14 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from course.checks import STEPS, Step
 from course.lessons import GLOSSARY, LESSONS, QUESTIONS, Lesson
+from runs.colab import FIRST_CELL, badge
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT, NOTEBOOK = ROOT / "build_it_yourself.py", ROOT / "Build_It_Yourself.ipynb"
 
-INTRODUCTION = """# Build it yourself
+INTRODUCTION = f"""# Build it yourself
+
+{badge(NOTEBOOK.name)}
 
 You write the Transformer of "Attention Is All You Need" (Vaswani et al., 2017) in twelve steps, train it on a small
 corpus of English and Italian sentences, and look at its attention. Each step has
@@ -172,7 +175,7 @@ def glossary_cell():
 def build() -> nbformat.NotebookNode:
     """The notebook, with empty exercises and without outputs."""
     sources = function_sources()
-    cells = [new_markdown_cell(INTRODUCTION), new_code_cell(START)]
+    cells = [new_markdown_cell(INTRODUCTION), new_code_cell(FIRST_CELL), new_code_cell(START)]
     for step, lesson in zip(STEPS, LESSONS, strict=True):
         cells += step_cells(step, lesson, sources)
     cells += [*training_cells(), *question_cells(), glossary_cell()]

@@ -13,16 +13,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import altair as alt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from compute.threads import share_cores
 from config import Config, get_config
 from corpora.sources import load_split
 from dataset import EOS, SOS, Batches, BilingualDataset, build_word_tokenizer, make_loader
 from evaluate import score
-from interpret import charts
 from interpret.trace import AttentionTrace, record_trace
 from model import (
     DecoderBlock,
@@ -117,7 +116,7 @@ class ToyCorpus(NamedTuple):
 
 def load_corpus(sentences: int = 200, **settings) -> ToyCorpus:
     """The toy corpus, with so many sentences of its test split; `settings` are fields of the toy preset."""
-    config = get_config("toy", device="cpu", **settings)
+    config = get_config("toy", **{"device": "cpu", "warmup_steps": 100, **settings})
     pairs, test = load_split(config, "train"), load_split(config, "test")
     tokenizers = [build_word_tokenizer(pairs[side], config.vocab_size) for side in ("src", "tgt")]
     train = BilingualDataset(pairs, *tokenizers, config.seq_len)
@@ -148,6 +147,7 @@ def train(
     functions: SimpleNamespace, corpus: ToyCorpus, steps: int = 280, lr: float = 3e-3, log_every: int = 50
 ) -> OwnTransformer:
     """Trains a new model with Adam, linear warmup and a cosine schedule. Prints the loss every `log_every` steps."""
+    share_cores()
     config, model = corpus.config, new_model(functions, corpus)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98), eps=1e-9)
     start, model = time.perf_counter(), model.train()
@@ -243,8 +243,8 @@ def trace(functions: SimpleNamespace, model: Transformer, corpus: ToyCorpus, sen
     return record_trace(translator_of(model, corpus), sentence, ids)
 
 
-def draw_cross_attention(
-    functions: SimpleNamespace, model: Transformer, corpus: ToyCorpus, sentence: str
-) -> alt.TopLevelMixin:
-    """Heat maps of the cross-attention of each layer, mean over the heads."""
+def draw_cross_attention(functions: SimpleNamespace, model: Transformer, corpus: ToyCorpus, sentence: str):
+    """Heat maps of the cross-attention of each layer, mean over the heads: an Altair chart."""
+    from interpret import charts  # needs the packages of requirements-charts.txt
+
     return charts.mean_heads(trace(functions, model, corpus, sentence), "cross", cell_size=26)

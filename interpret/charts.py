@@ -211,7 +211,7 @@ def decode_stepper(trace: AttentionTrace, step: float | None = None) -> alt.HCon
 def step_heat_map(steps: pd.DataFrame, trace: AttentionTrace, value: str = "logit") -> alt.HConcatChart:
     """Logits or probabilities of every decoding step, beside the cross-attention of the step.
 
-    `steps` is a `step_table` of experiments.py: one row per step, one column per word, the chosen word framed. The
+    `steps` is a `step_table` of interpret/steps.py: one row per step, one column per word, the chosen word framed. The
     attention is that of the last layer, averaged over heads.
     """
     words = list(dict.fromkeys(steps["word"]))
@@ -235,13 +235,15 @@ def step_heat_map(steps: pd.DataFrame, trace: AttentionTrace, value: str = "logi
     numbers = cell_numbers(base, value, f"datum['{value}'] > {(low + high) / 2}", digits)
     height = 24 * steps["step"].nunique()
     table = alt.layer(cells, frames, *numbers).properties(
-        width=34 * len(words), height=height, title=f"{value.capitalize()} of each word; framed: the chosen word"
+        width=34 * len(words), height=height, title=f"{value.capitalize()} of each word (framed: chosen)"
     )
     last_layer = packed_table(mean_over_heads(trace), "cross", len(trace.weights["cross"]) - 1)
-    attention = heat_map(unpacked_weights(last_layer), "cross").properties(
-        width=22 * len(trace.src_tokens), height=height, title="Cross-attention of the last layer, mean over heads"
+    rows = alt.Y("row:O", title=None, axis=None)  # those of the table
+    attention = heat_map(unpacked_weights(last_layer), "cross").encode(y=rows)
+    attention = attention.properties(
+        width=22 * len(trace.src_tokens), height=height, title="Cross-attention of the step"
     )
-    both = alt.hconcat(table, attention, spacing=20).resolve_scale(color="independent")
+    both = alt.hconcat(table, attention, spacing=8).resolve_scale(color="independent")
     return both.add_params(*token_params(trace))
 
 
@@ -303,8 +305,22 @@ def importance_heat_map(importance: pd.DataFrame, value: str = "bleu_drop") -> a
 
 # ---------------------------------------------------------------------------- saving and showing
 
+
 SUFFIXES = (".png", ".svg")
 VEGA_LITE_5 = "https://vega.github.io/schema/vega-lite/v5.20.1.json"
+
+
+def picture(
+    trace: AttentionTrace, kind: str, layer: int | None, head: int | str | None, row: int | None
+) -> alt.TopLevelMixin:
+    """The chart of a row, if one is given, else of the mean over heads, of one head, or of all heads that remain."""
+    if row is not None:
+        return top_keys(trace, kind, row)
+    if head == "mean":
+        return mean_heads(trace, kind, layers=None if layer is None else [layer])
+    if None not in (layer, head):
+        return single_head(trace, kind, layer, head)
+    return grid(trace, kind, None if layer is None else [layer], None if head is None else [head])
 
 
 def save_picture(chart: alt.TopLevelMixin, path: str | Path, scale: float = 2.0) -> None:

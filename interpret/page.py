@@ -13,6 +13,7 @@ import base64
 import hashlib
 import html
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import pandas as pd
 import vl_convert
 
 from interpret.charts import EscapedJSON, difference, importance_heat_map, step_heat_map, variant_bars
+from interpret.interventions import Variant
 from interpret.theme import PALETTES, css, vega_config
 from interpret.trace import KIND_NAMES, KINDS, AttentionTrace
 from interpret.views import VIEWS, view_data, view_state
@@ -205,3 +207,18 @@ def save_report(
         cards.append(Card("importance", "Head importance", "One head switched off at a time"))
     specs = {name: page_spec(chart) for name, chart in charts.items()}
     write_page(path, f"{sentence} → {trace.translation}", trace.run, cards, {"specs": specs})
+
+
+# ---------------------------------------------------------------------------- the logits study
+
+
+def save_study(path: str | Path, studied: Iterable[tuple[Variant, pd.DataFrame, AttentionTrace]]) -> None:
+    """Writes the figure of the logits study: for each variant of `study`, logits and attention of every step."""
+    cards, specs = [], {}
+    for i, (variant, steps, trace) in enumerate(studied):
+        specs[f"variant{i}"] = page_spec(step_heat_map(steps, trace))
+        title = f"{variant.name}: {' '.join(trace.next_tokens)}"
+        cards.append(Card(f"variant{i}", title, variant.description, columns=6))
+        if i == 0:
+            source, run = trace.source, trace.run
+    write_page(path, f"Logits study: {source}", run, cards, {"specs": specs})

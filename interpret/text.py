@@ -114,7 +114,7 @@ def candidates_text(trace: AttentionTrace) -> str:
 
 
 def step_table_text(table: pd.DataFrame, value: str = "logit") -> str:
-    """The `step_table` of experiments.py: one line per step, one column per word, the chosen word in brackets."""
+    """The `step_table` of interpret/steps.py: one line per step, one column per word, the chosen word in brackets."""
     words = list(dict.fromkeys(table["word"]))
     width = max(9, *(len(word) + 1 for word in words))
     left = max(len(label) for label in table["label"])
@@ -138,4 +138,12 @@ def variants_text(table: pd.DataFrame, width: int = 44) -> str:
         translation = shortened([row["translation"]], width)[0]
         numbers = "".join(f"{row[name]:7.1f}" for name in scores)
         lines.append(f"{row['variant']:<42} {row['change']:+7.1f} {numbers}  {translation}")
+    return "\n".join(lines)
+
+
+def findings_text(table: pd.DataFrame) -> str:
+    """The table of `measure_findings`: one finding with its figures per paragraph."""
+    lines = ["findings of the logits study"]
+    for row in table.to_dict("records"):
+        lines.append(f"{row['finding']}\n    {'holds' if row['holds'] else 'does not hold'}: {row['figures']}")
     return "\n".join(lines)

@@ -152,6 +152,16 @@ def target_ids(translator: Translator, src_ids: list[int], target: str | list[in
     return ids
 
 
+def first_steps(trace: AttentionTrace, count: int) -> AttentionTrace:
+    """The trace without the steps after the first `count`."""
+    weights = trace.weights | {
+        "decoder": trace.weights["decoder"][:, :, :count, :count],
+        "cross": trace.weights["cross"][:, :, :count],
+    }
+    steps = ("tgt_tokens", "next_tokens", "next_pieces", "tgt_words", "candidates")
+    return replace(trace, weights=weights, **{name: getattr(trace, name)[:count] for name in steps})
+
+
 # ---------------------------------------------------------------------------- words
 
 

@@ -72,6 +72,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise DamagedCheckpoint("it contains objects other than tensors and plain types; not loaded") from None
     except Exception as error:  # EOFError, RuntimeError …
         raise DamagedCheckpoint(f"torch cannot read it ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint("it is not a checkpoint of this project")
     if state.get("schema", 0) > SCHEMA:
         raise InputError(f"{path} was written by a newer version of this project; update the project")
     if state.get("name", path.name) != path.name:
@@ -91,6 +93,19 @@ def upgraded(state: dict) -> dict:
 def weights_for_inference(state: dict) -> dict[str, torch.Tensor]:
     """The weights that are evaluated and used for translation: the EMA if there is one."""
     return state["ema_model"] or state["model"]
+
+
+def without_optimizer(state: dict) -> dict:
+    """The part of the state that inference needs: a quarter to a third of its size."""
+    weights = {"model": weights_for_inference(state), "ema_model": None, "optimizer": None, "rng": []}
+    return {name: value for name, value in state.items() if name not in ("schema", "name")} | weights
+
+
+def stored_digest(path: Path) -> bytes:
+    """The checksum that the file holds."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - DIGEST_LENGTH))
+        return file.read()
 
 
 def verify(path: Path) -> None:
@@ -147,7 +162,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf8") as file:
+        with temporary.open("w", encoding="utf8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,19 +1,70 @@
-"""Setup for Colab_Train.ipynb: installs missing packages and mounts Google Drive."""
+"""What the notebooks do on Colab: get the project, install the packages that Colab lacks, follow a form."""
 
+import importlib
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
+GITHUB = "OWNER/REPOSITORY"  # where the project is published; CONTRIBUTING.md says how to fill it in
+
+# The same cell in all notebooks. One that was opened from GitHub has no files beside it, so it holds the address.
+FIRST_CELL = f"""import os
+import subprocess
+
+REPOSITORY = os.environ.get("REPOSITORY", "https://github.com/{GITHUB}")
+if not os.path.exists("runs/colab.py"):  # the project is not beside this notebook, as on Colab
+    if not os.path.exists("transformer"):
+        assert "OWNER" not in REPOSITORY, "no address of the project: fill in REPOSITORY"
+        subprocess.run(["git", "clone", "-q", REPOSITORY, "transformer"], check=True)
+    os.chdir("transformer")
+    from runs import colab
+
+    colab.install_missing()"""
 
 
-def missing(requirements: Path = ROOT / "requirements.txt") -> list[str]:
-    """The requirements that this machine does not meet, except PyTorch: Colab's build matches its GPU."""
-    wanted = [line.partition("#")[0].strip() for line in requirements.read_text().splitlines()]
-    return [line for line in wanted if line and not is_met(Requirement(line))]
+def badge(notebook: str) -> str:
+    """A link, in Markdown, that opens a notebook of the repository on Colab."""
+    site = "https://colab.research.google.com"
+    return f"[![Open in Colab]({site}/assets/colab-badge.svg)]({site}/github/{GITHUB}/blob/main/{notebook})"
+
+
+# ---------------------------------------------------------------------------- packages
+
+
+def install_missing() -> None:
+    """Installs the packages that are missing. Raises RuntimeError if that fails or if the kernel must be restarted."""
+    packages = missing(ROOT / "requirements.txt")
+    if not packages:
+        print("all packages are already installed")
+        return
+    before = imported_versions()
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages])
+    if done.returncode:
+        raise RuntimeError(f"pip cannot install {', '.join(packages)}; restart the session and run all cells again")
+    print(f"installed {', '.join(packages)}")
+    importlib.invalidate_caches()
+    replaced = [f"{name} {old}" for name, old in before.items() if version(name) != old]
+    if replaced:
+        raise RuntimeError(f"restart the session and run all cells again: it has imported {', '.join(replaced)}")
+
+
+def missing(requirements: Path) -> list[str]:
+    """The lines of a requirements file, and of those that it includes with -r, that this machine does not meet.
+
+    Except PyTorch: Colab's build matches its GPU.
+    """
+    found = []
+    for line in requirements.read_text(encoding="utf8").splitlines():
+        line = line.partition("#")[0].strip()
+        if line.startswith("-r "):
+            found += missing(requirements.parent / line.removeprefix("-r "))
+        elif line and not is_met(Requirement(line)):
+            found.append(line)
+    return found
 
 
 def is_met(requirement: Requirement) -> bool:
@@ -25,18 +76,21 @@ def is_met(requirement: Requirement) -> bool:
         return False
 
 
-def install_missing() -> None:
-    if packages := missing():
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
-    print(f"installed {', '.join(packages)}" if packages else "all packages are already installed")
+def imported_versions() -> dict[str, str]:
+    """The installed packages from which this process has imported, with their versions."""
+    packages = packages_distributions()
+    modules = {name.partition(".")[0] for name in sys.modules}
+    return {package: version(package) for module in modules for package in packages.get(module, ())}
 
 
-def mount_drive(folder: str = "/content/drive") -> Path:
-    """Mounts Google Drive at `folder` and returns its top folder, MyDrive. Raises RuntimeError if that fails."""
-    from google.colab import drive  # exists only on Colab
+# ---------------------------------------------------------------------------- the form of Colab_Train.ipynb
 
-    drive.mount(folder)
-    top = Path(folder) / "MyDrive"
-    if not top.is_dir():
-        raise RuntimeError(f"no {top}: the Drive is not mounted; run this cell again and allow access")
-    return top
+
+def configure(preset: str, copies: Path, **form):
+    """The config of a preset, changed where the form is not empty or 0, with a copy of the run in `copies`."""
+    from config import get_config  # not above: its packages may have to be installed first
+
+    changed = {name: value for name, value in form.items() if value}
+    config = get_config(preset, **changed)
+    name = f"{preset}.{config.lang_src}-{config.lang_tgt}"
+    return get_config(preset, **changed, run_dir=f"weights/{name}", mirror_dir=str(copies / name))

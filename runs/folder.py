@@ -4,15 +4,19 @@ config.json                   all settings
 tokenizer_en.json, …          the tokenizer of each language
 tmodel_07.pt                  checkpoint after epoch 7
 tmodel_07_step_00001200.pt    checkpoint within epoch 7
+tmodel_07_weights.pt          the weights of one, without the optimizer, restored from a mirror (runs/mirror.py)
 scores.jsonl                  one line per validation
 tensorboard/                  curves
 model.safetensors             the weights of an exported run, instead of checkpoints
 set_aside/                    checkpoints and scores that an earlier training in this folder left
+run_id                        a random text that tells this run from all others
 .lock                         locked by the training process
+.trainer                      in a mirror: the process that writes it
 """
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -21,11 +25,13 @@ import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from uuid import uuid4
 
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from config import INVOCATION_FIELDS, Config, InputError, reject_unknown
+from config import INVOCATION_FIELDS, Config, InputError, reject_unknown, split_source
 from runs.checkpoint import (
     DamagedCheckpoint,
     load_checkpoint,
@@ -34,15 +40,12 @@ from runs.checkpoint import (
     write_atomically,
 )
 
-try:
-    import fcntl
-except ImportError:  # not available on Windows
-    fcntl = None
-
 WEIGHTS_FOLDER = Path("weights")
 MODEL_BASENAME = "tmodel_"
+WEIGHTS_ONLY = "_weights"
 WEIGHTS_FILE = "model.safetensors"
 SET_ASIDE = "set_aside"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # errors of file systems without locks
 
 
 class RunFolder:
@@ -59,9 +62,8 @@ class RunFolder:
         """The folder of a config's run: run_dir, or weights/<corpus>.<src>-<tgt>."""
         if config.run_dir:
             return cls(config.run_dir)
-        corpus = re.sub(
-            r"(?i)\.(tsv|csv|jsonl|parquet|xlsx|tmx)(\.gz)?$", "", Path(config.datasource.split(":")[0]).name
-        )
+        corpus = Path(split_source(config.datasource)[0]).name
+        corpus = re.sub(r"(?i)\.(tsv|csv|jsonl|parquet|xlsx|tmx)(\.gz)?$", "", corpus)
         corpus = re.sub(r"[^A-Za-z0-9._-]", "_", corpus)
         return cls(WEIGHTS_FOLDER / f"{corpus}.{config.lang_src}-{config.lang_tgt}")
 
@@ -112,6 +114,10 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def trainer_file(self) -> Path:
+        return self.path / ".trainer"
+
+    @property
     def exported_weights(self) -> Path:
         return self.path / WEIGHTS_FILE
 
@@ -134,7 +140,25 @@ class RunFolder:
         """The checkpoints at the end of an epoch, oldest first."""
         return [path for path in self.checkpoints() if ends_epoch(path)]
 
-    # ------------------------------------------------------------------------ config and scores
+    def other_files(self) -> list[Path]:
+        """All files but checkpoints, what was set aside, temporary files and locks, at any depth."""
+        skipped = {self.path / ".lock", self.trainer_file, *self.checkpoints()}
+        files = (path for path in sorted(self.path.rglob("*")) if path.is_file() and path not in skipped)
+        aside = self.path / SET_ASIDE
+        return [path for path in files if not path.name.endswith(".tmp") and aside not in path.parents]
+
+    # ------------------------------------------------------------------------ identity, config and scores
+
+    @property
+    def run_id(self) -> str:
+        """The identity of the run, or "" if it has none yet."""
+        path = self.path / "run_id"
+        return path.read_text(encoding="utf8").strip() if path.is_file() else ""
+
+    def save_run_id(self) -> None:
+        """Gives the run an identity if it has none."""
+        if not self.run_id:
+            write_atomically(self.path / "run_id", uuid4().hex + "\n")
 
     def save_config(self, config: Config) -> None:
         kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in INVOCATION_FIELDS}
@@ -221,17 +245,17 @@ class RunFolder:
     # ------------------------------------------------------------------------ reading checkpoints
 
     def load_newest(self) -> tuple[Path, dict] | None:
-        """Path and state of the newest checkpoint that is not damaged; None if there is no checkpoint.
+        """Path and state of the newest checkpoint that training can resume from; None if there is no checkpoint.
 
-        Damaged ones are skipped with a warning. Raises InputError if all are damaged.
+        Damaged ones are skipped with a warning. Raises InputError if there are checkpoints, but none of these.
         """
-        files = self.checkpoints()
+        files = [path for path in self.checkpoints() if not has_weights_only(path)]
         for path in reversed(files):
             try:
                 return path, load_checkpoint(path)
             except DamagedCheckpoint as error:
                 warn_skipped(path, error)
-        if files:
+        if self.checkpoints():
             raise InputError(f"no checkpoint in {self} can be read; restore one, or train in another --run-dir")
         return None
 
@@ -279,7 +303,7 @@ class RunFolder:
         if average > 1:
             raise InputError(f"--average {average} goes with --weights best or latest, not with one epoch")
         files = self.checkpoints()
-        found = [path for path in files if path.stem == f"{MODEL_BASENAME}{weights.zfill(2)}"]
+        found = [path for path in files if whole(path).stem == f"{MODEL_BASENAME}{weights.zfill(2)}"]
         if not found:
             available = ", ".join(path.name for path in files) or "none"
             raise InputError(f"no weights {weights!r} in {self}: give best, latest or one of {available}")
@@ -287,11 +311,15 @@ class RunFolder:
 
     def best_first(self, best_by: str) -> list[Path]:
         """The checkpoints by validation score, best first; the newest first among ties; those without a score last."""
-        rows = self.read_scores()
-        names = [self.checkpoint(row["epoch"], row["batch"], row["step"]).name for row in rows]
-        score = dict(zip(names, merits(rows, best_by), strict=True))
+        score = self.scored_checkpoints(best_by)
         newest_first = reversed(self.checkpoints())
-        return sorted(newest_first, key=lambda path: score.get(path.name, -math.inf), reverse=True)
+        return sorted(newest_first, key=lambda path: score.get(whole(path), -math.inf), reverse=True)
+
+    def scored_checkpoints(self, best_by: str) -> dict[Path, float]:
+        """The checkpoints that were validated, removed ones included, with one number each, higher is better."""
+        rows = self.read_scores()
+        paths = [self.checkpoint(row["epoch"], row["batch"], row["step"]) for row in rows]
+        return dict(zip(paths, merits(rows, best_by), strict=True))
 
     # ------------------------------------------------------------------------ one process at a time
 
@@ -313,16 +341,25 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run's lock; raises InputError if another process holds it. It is released when the process ends."""
-        with (self.path / ".lock").open("w") as file:
-            if fcntl:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InputError(
-                        f"another process is training in {self}; wait for it, or choose another --run-dir"
-                    ) from None
+        """Holds the run's lock; raises InputError if another process holds it. It is released when the process ends.
+
+        Warns if the file system has no locks, as some network file systems.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"another process is training in {self}; wait for it, or choose another --run-dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"warning: no lock on {self} ({error}); do not train in it twice at a time", file=sys.stderr)
+        try:
             yield
+        finally:
+            lock.release()
 
 
 def check_new_folder(folder: Path) -> None:
@@ -333,8 +370,18 @@ def check_new_folder(folder: Path) -> None:
 
 def checkpoint_age(path: Path) -> tuple[int, float] | None:
     """Epoch and step in the name of a checkpoint, a sort key for the order of training; None for other names."""
-    match = re.fullmatch(rf"{MODEL_BASENAME}(\d+)(?:_step_(\d+))?\.pt", path.name)
+    match = re.fullmatch(rf"{MODEL_BASENAME}(\d+)(?:_step_(\d+))?({WEIGHTS_ONLY})?\.pt", path.name)
     return match and (int(match[1]), int(match[2]) if match[2] else math.inf)
+
+
+def has_weights_only(path: Path) -> bool:
+    """Whether a checkpoint holds weights without the state of the optimizer, by its name."""
+    return path.stem.endswith(WEIGHTS_ONLY)
+
+
+def whole(path: Path) -> Path:
+    """The path of the whole checkpoint that the weights in this file are from."""
+    return path.with_stem(path.stem.removesuffix(WEIGHTS_ONLY))
 
 
 def ends_epoch(path: Path) -> bool:

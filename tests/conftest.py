@@ -28,6 +28,12 @@ def checkpoints(run: Config | Path | str) -> list[Path]:
     return (RunFolder.of(run) if isinstance(run, Config) else RunFolder(run)).checkpoints()
 
 
+def put_project_beside(notebook_folder: Path) -> None:
+    """Makes the first cell of a notebook in this folder do nothing, as on a laptop; PYTHONPATH holds the project."""
+    (notebook_folder / "runs").mkdir()
+    (notebook_folder / "runs" / "colab.py").touch()
+
+
 @pytest.fixture
 def pairs_file(tmp_path: Path) -> Path:
     """400 pairs of the toy corpus as a .tsv file."""

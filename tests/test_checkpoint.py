@@ -12,6 +12,7 @@ from config import InputError
 from runs import checkpoint
 from runs.checkpoint import SCHEMA, DamagedCheckpoint, load_checkpoint, save_checkpoint, weights_for_inference
 from runs.folder import RunFolder
+from training.state import TrainingState
 from translate import load_state_dict
 
 
@@ -139,3 +140,16 @@ def test_files_set_aside_do_not_overwrite_earlier_ones(tmp_path):
         assert RunFolder(tmp_path).set_aside([file]) == tmp_path / "set_aside"
     assert sorted(p.read_bytes() for p in (tmp_path / "set_aside").iterdir()) == [b"a", b"b"]
     assert [p.name for p in tmp_path.iterdir()] == ["set_aside"]
+
+
+def test_moments_of_other_shapes_than_the_weights_are_refused(tiny_config):
+    """PyTorch does not compare them: the fused optimizer would read beyond the smaller tensor."""
+    state = TrainingState.create(tiny_config, 20, 20, torch.device("cpu"))
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    saved = state.state_dict()
+    state.load_state_dict(saved)
+    saved["optimizer"]["state"][1]["exp_avg_sq"] = torch.zeros(2, 2)
+    with pytest.raises(InputError, match=r"optimizer state of shape \(2, 2\)"):
+        state.load_state_dict(saved)

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, put_project_beside
 from course_mistakes import MISTAKES
 from nbclient import NotebookClient
 
@@ -401,6 +401,7 @@ def test_a_model_of_the_solutions_learns_the_toy_corpus(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_in_the_empty_notebook_every_check_fails_with_its_own_message(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    put_project_beside(tmp_path)
     empty = nbformat.read(NOTEBOOK, as_version=4)
     place = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(empty, timeout=600, resources=place, allow_errors=True).execute()
@@ -414,6 +415,7 @@ def test_in_the_empty_notebook_every_check_fails_with_its_own_message(tmp_path, 
 @pytest.mark.slow
 def test_the_notebook_runs_with_the_solutions(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    put_project_beside(tmp_path)
     solved = solved_notebook()
     for cell in solved.cells:
         cell.source = cell.source.replace("sentences=100", "sentences=40")

@@ -246,3 +246,17 @@ def test_bpe_dropout_is_a_function_of_seed_epoch_and_position(pairs_file, tmp_pa
     for position in range(10):  # validation pairs are segmented without dropout
         batch = validation[[position]]
         assert batch["encoder_input"][0].tolist() == [SOS, *tokenizer.encode(batch["src_text"][0]).ids, EOS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked_load_the_same_batches(method, pairs_file, tmp_path, monkeypatch):
+    """As on macOS and Windows: the dataset, its tokenizers and its memory-mapped files are pickled for the workers."""
+    bpe = {"tokenizer": "bpe", "vocab_size": 500, "bpe_dropout": 0.3}
+    config = get_config("toy", datasource=str(pairs_file), validation_source="", run_dir=str(tmp_path / "run"), **bpe)
+    train = get_ds(config)[0]
+    monkeypatch.setattr(dataset, "START_METHOD", method)
+    batches = list(Batches(train, config, 0))[:3]
+    for a, b in zip(make_loader(train, batches), make_loader(train, batches, num_workers=1), strict=True):
+        assert a["src_text"] == b["src_text"]
+        assert all(torch.equal(a[name], b[name]) for name in a if isinstance(a[name], torch.Tensor))

@@ -1,5 +1,8 @@
 """Exported runs translate as the original does, in CTranslate2 and as safetensors."""
 
+import os
+from pathlib import Path
+
 import ctranslate2
 import pytest
 import torch
@@ -8,7 +11,7 @@ from config import InputError, get_config
 from corpora.sources import load_split
 from dataset import build_word_tokenizer, load_tokenizer
 from experiments import log_probability
-from export import main, to_ctranslate2, to_safetensors
+from export import main, model_card, to_ctranslate2, to_safetensors
 from model import get_model
 from runs.folder import RunFolder
 from train import train_model
@@ -109,6 +112,32 @@ def test_a_folder_that_is_not_empty_is_not_written_to(trained_run, tmp_path):
     with pytest.raises(InputError, match="already exists"):
         main(output_dir=str(tmp_path), run_dir=str(trained_run))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_is_written_to_where_folders_cannot_be_replaced(trained_run, tmp_path, monkeypatch):
+    """As on Windows. An empty folder may be given as a symbolic link."""
+    replace = os.replace
+
+    def replace_as_windows(source, target):
+        if Path(target).is_dir():
+            raise PermissionError(f"{target} exists")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_as_windows)
+    monkeypatch.setattr(os, "rename", replace_as_windows)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / ".empty.tmp").mkdir()
+    (tmp_path / ".empty.tmp" / "of a killed export").touch()
+    main(output_dir=str(tmp_path / "link"), run_dir=str(trained_run), form="safetensors")
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
+    assert not (tmp_path / "empty" / "of a killed export").exists()
+
+
+def test_the_model_card_says_where_the_module_is(translator):
+    assert "in the folder of the project" in model_card(translator)
+    assert "not the package of that name on PyPI" in " ".join(model_card(translator).split())
 
 
 def test_a_safetensors_export_can_be_exported_to_its_own_folder(translator, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import checkpoints, run_path, train_one_epoch
+from conftest import checkpoints, run_path
 from test_train import final_state, is_identical
 
 import train
@@ -17,6 +17,7 @@ from export import to_safetensors
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunFolder
 from train import parse_config, train_model
+from training import initial
 from training.initial import load_initial_run, unknown_shares
 from translate import Translator
 
@@ -81,9 +82,9 @@ def test_a_new_run_starts_from_the_ema_of_the_best_checkpoint_and_its_tokenizers
 
 def test_weights_are_chosen_as_in_translate_py(base, tuned):
     for weights, name in (("latest", "tmodel_01.pt"), ("0", "tmodel_00.pt")):
-        initial = load_initial_run(replace(tuned, init_weights=weights))
+        start = load_initial_run(replace(tuned, init_weights=weights))
         state = load_checkpoint(run_path(base) / name)
-        assert is_identical(dict(initial.model.state_dict()), state["ema_model"])
+        assert is_identical(dict(start.model.state_dict()), state["ema_model"])
     with pytest.raises(InputError, match="no weights '7' in"):
         train_model(replace(tuned, init_weights="7"))
     assert not run_path(tuned).exists()
@@ -92,13 +93,13 @@ def test_weights_are_chosen_as_in_translate_py(base, tuned):
 def test_an_exported_run_can_be_the_start(base, tuned, tmp_path):
     expected = Translator.load(base.run_dir, "cpu")
     to_safetensors(expected, tmp_path / "export")
-    initial = load_initial_run(replace(tuned, init_from=str(tmp_path / "export")))
-    assert is_identical(dict(initial.model.state_dict()), dict(expected.model.state_dict()))
+    start = load_initial_run(replace(tuned, init_from=str(tmp_path / "export")))
+    assert is_identical(dict(start.model.state_dict()), dict(expected.model.state_dict()))
 
 
-@pytest.mark.parametrize("killed_at", [2, 5, 8])  # before the first checkpoint; within an epoch, twice
+@pytest.mark.parametrize("killed_at", [2, 5])  # before and after the first checkpoint
 def test_a_killed_run_resumes_with_the_same_command_bit_identically(tuned, monkeypatch, tmp_path, killed_at):
-    config = replace(tuned, save_every_steps=3, ema_decay=0.9, lr_schedule="cosine")
+    config = replace(tuned, save_every_steps=2, ema_decay=0.9)
     uninterrupted = replace(config, run_dir=str(tmp_path / "uninterrupted"))
     train_model(uninterrupted)
     train_step, steps = train.train_step, []
@@ -112,7 +113,7 @@ def test_a_killed_run_resumes_with_the_same_command_bit_identically(tuned, monke
     monkeypatch.setattr(train, "train_step", killing)
     with pytest.raises(Killed):
         train_model(config)
-    assert len(checkpoints(config)) == (killed_at - 1) // 3
+    assert bool(checkpoints(config)) == (killed_at > 2)
     monkeypatch.setattr(train, "train_step", train_step)
     train_model(config)
     assert is_identical(final_state(config), final_state(uninterrupted))
@@ -163,19 +164,20 @@ def test_contradictions_are_one_clear_error_and_change_nothing(base, tuned):
     assert files == {path: path.read_bytes() for path in run_path(base).rglob("*") if path.is_file()}
 
 
-def test_unknown_words_are_reported_and_many_give_a_warning(tuned, tmp_path, capsys):
-    train_model(replace(tuned, max_steps=1))
-    assert "warning" not in capsys.readouterr().err
+def test_unknown_words_are_reported_and_many_give_a_warning(tuned, tmp_path, capsys, monkeypatch):
     source = write_pairs(tmp_path / "new.tsv", toy_pairs("en", "it", "train")[400:600], NEW_WORDS)
-    other = replace(tuned, datasource=source, run_dir=str(tmp_path / "new"))
-    train_model(replace(other, max_steps=1))
+    other = replace(tuned, datasource=source, max_steps=1)
+    train_model(other)
     out, err = capsys.readouterr()
     data, _, *tokenizers = get_ds(other)
-    words = [token for text in data.encoded["src"].to_pylist() for token in tokenizers[0].encode(text).tokens]
+    words = [token for text in data.encoded[:]["src"].to_pylist() for token in tokenizers[0].encode(text).tokens]
     share = unknown_shares(data, tokenizers)[0]
     assert share == words.count("[UNK]") / len(words) > 0.05
     assert f"unknown to its tokenizers: {share:.1%} of the source tokens and " in out
     assert "are unknown and become [UNK]; start from a run on similar text" in err
+    monkeypatch.setattr(initial, "MANY_UNKNOWN", 1.0)
+    train_model(replace(other, preload="none"))
+    assert "are unknown" not in capsys.readouterr().err
 
 
 def test_bytes_of_unknown_characters_count_as_unknown():
@@ -187,17 +189,16 @@ def test_bytes_of_unknown_characters_count_as_unknown():
 
 
 @pytest.mark.slow
-def test_fine_tuning_beats_training_from_scratch_at_equal_steps(tmp_path_factory, tmp_path):
-    """Italian with other pairings, which the base run has never seen."""
+def test_fine_tuning_beats_training_from_scratch_at_equal_steps(trained_run, tmp_path):
+    """On word pairings that the base run has never seen."""
     pairs = toy_pairs("en", "it", "validation")
     sources = {
         "datasource": write_pairs(tmp_path / "train.tsv", pairs[:500]),
         "validation_source": write_pairs(tmp_path / "validation.tsv", pairs[500:]),
     }
-    folder = train_one_epoch(tmp_path_factory.mktemp("base") / "run", "it")
-    config = replace(RunFolder(folder).load_config(), **sources, num_epochs=2, device="cpu")
-    losses = {}
-    for name, init_from in (("scratch", ""), ("tuned", str(folder))):
+    config = replace(RunFolder(trained_run).load_config(), **sources, num_epochs=2, warmup_steps=5, device="cpu")
+    bleu = {}
+    for name, init_from in (("scratch", ""), ("tuned", str(trained_run))):
         train_model(replace(config, run_dir=str(tmp_path / name), init_from=init_from))
-        losses[name] = RunFolder(tmp_path / name).read_scores()[-1]["loss"]
-    assert losses["tuned"] < 0.5 * losses["scratch"]
+        bleu[name] = RunFolder(tmp_path / name).read_scores()[-1]["bleu"]
+    assert bleu["tuned"] > bleu["scratch"] + 30

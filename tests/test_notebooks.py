@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, put_project_beside
 from nbclient import NotebookClient
 
 COLAB = "Colab_Train.ipynb"  # runs on Colab; tested by test_colab.py
@@ -50,6 +50,7 @@ def test_committed_notebooks_have_short_cells_outputs_and_pictures(name):
 def test_notebooks_run_from_top_to_bottom(name, trained_run, german_run, tmp_path, monkeypatch):
     """Quick runs replace those that the first cells would train, and fewer sentences are evaluated."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    put_project_beside(tmp_path)
     (tmp_path / "weights").mkdir()
     for run, language in ((trained_run, "it"), (german_run, "de")):
         shutil.copytree(run, tmp_path / "weights" / f"toy.en-{language}")

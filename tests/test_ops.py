@@ -51,12 +51,16 @@ def test_fused_and_plain_loss_agree_in_fp32_and_under_bf16_autocast(bf16, tolera
         assert (plain - fused).norm() <= tolerance * plain.norm()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-4), (torch.float16, 5e-5)])
-def test_gradients_of_the_fused_loss_have_no_bias_in_low_precision(dtype, tolerance):
-    """Projected on the exact gradient. With 1 - smoothing rounded to bf16, they were 0.12% too short."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_the_fused_loss_are_hardly_biased_in_low_precision(dtype):
+    """Projected on the exact gradient, where labels have a probability of about 0.9.
+
+    When 1 - smoothing was subtracted in bf16, they were 1% too short.
+    """
     torch.manual_seed(0)
-    projection, label, values = nn.Linear(64, 500), torch.randint(0, 500, (400,)), torch.randn(400, 64)
-    results = []
+    projection, label, results = nn.Linear(64, 500), torch.randint(0, 500, (400,)), []
+    rows = projection.weight.detach()[label]
+    values = 9 * rows / rows.pow(2).sum(1, keepdim=True) + 0.5 * torch.randn(400, 64)
     for loss_of, is_low in ((plain_loss, False), (fused_loss, True)):
         x = values.clone().requires_grad_()
         projection.zero_grad()
@@ -65,7 +69,7 @@ def test_gradients_of_the_fused_loss_have_no_bias_in_low_precision(dtype, tolera
         loss.backward()
         results.append([x.grad, projection.weight.grad.clone(), projection.bias.grad.clone()])
     for exact, low in zip(*results, strict=True):
-        assert abs((low * exact).sum() / (exact * exact).sum() - 1) < tolerance
+        assert abs((low * exact).sum() / (exact * exact).sum() - 1) < 3e-3
 
 
 def test_the_fused_loss_computes_gradients_only_if_they_are_needed(monkeypatch):

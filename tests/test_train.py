@@ -1,6 +1,7 @@
 """Training: the learning rate, single steps, whole runs, resuming, early stopping, errors, signals, R-Drop and EMA."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -71,6 +72,7 @@ def test_one_epoch_on_the_toy_corpus_translates_held_out_sentences(trained_run):
     names = {path.name for path in trained_run.iterdir() if not path.name.startswith(".")}
     assert names == {
         "config.json",
+        "run_id",
         "scores.jsonl",
         "tensorboard",
         "tmodel_00.pt",
@@ -318,6 +320,48 @@ def test_a_second_process_cannot_train_in_the_same_folder(tiny_config):
     train_model(replace(tiny_config, max_steps=1))
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_gives_a_warning(code, tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(code, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with RunFolder(tmp_path).locked():
+        assert f"warning: no lock on {tmp_path} ([Errno {code}] No locks available)" in capsys.readouterr().err
+
+
+def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf8")
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(OSError, match=r"\.lock"), RunFolder(tmp_path).locked():
+        pass
+    assert (tmp_path / "mine.txt").read_text(encoding="utf8") == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked on Linux only")
+def test_a_killed_process_leaves_no_lock_to_its_workers(tmp_path):
+    """Data loader workers notice only after seconds that the training process has been killed."""
+    code = f"""
+import os, signal, time
+from runs.folder import RunFolder
+with RunFolder({str(tmp_path)!r}).locked():
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    try:
+        with RunFolder(tmp_path).locked():
+            os.killpg(process.pid, 0)  # the worker still runs
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_tokenizers_other_than_those_of_the_checkpoint_are_rejected(tiny_config):
     train_model(tiny_config)
     path = run_path(tiny_config) / "tokenizer_it.json"
@@ -443,6 +487,25 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tiny_config, t
     assert resumed.returncode == 0, resumed.stderr
     assert f"step {step:,}" in resumed.stdout
     assert "python translate.py --run-dir" in resumed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_ctrl_c_saves_while_workers_start(tiny_config, method):
+    """In a terminal, Ctrl-C also reaches the workers. Those that are not forked take seconds to start."""
+    config = replace(tiny_config, num_epochs=60, num_workers=2)
+    code = f"import dataset, train; dataset.START_METHOD = {method!r}; train.run_command(train.main)"
+    command = [sys.executable, "-c", code, *flags_of(config)]
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf8"}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
+    assert any("Epoch 00" in line for line in iter(process.stderr.readline, ""))  # workers are being started
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert "saving after this step" in errors
+    assert "Traceback" not in errors
+    assert process.returncode == 130, errors
+    assert load_checkpoint(checkpoints(config)[-1])["progress"]["step"] > 0
 
 
 @pytest.mark.slow
@@ -616,6 +679,21 @@ def test_rdrop_is_half_of_equation_4_of_wu_et_al():
     assert torch.allclose(rdrop(GivenLogits(), LossInputs(*batch, torch.arange(3), label), eps, alpha), expected)
 
 
+def test_running_out_of_memory_in_validation_is_explained(tiny_config, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    run = ManualRun(tiny_config)
+    monkeypatch.setattr(TrainingLoss, "forward", out_of_memory)
+    with pytest.raises(InputError, match=r"out of memory in a batch of \d+ sentences of \d+ tokens; lower --batch-tok"):
+        train.validation_loss(run.model, run.validation, run.config, "fp32")
+    monkeypatch.setattr("translate.greedy_decode", out_of_memory)
+    with pytest.raises(
+        InputError, match=r"out of memory in a batch of 1 sentence of up to \d+ tokens; lower --beam-size"
+    ):
+        run.translator.translate(["I sleep."])
+
+
 def test_rdrop_in_chunks_equals_rdrop_at_once(tiny_config, monkeypatch):
     run = ManualRun(replace(tiny_config, rdrop_alpha=5.0))
     inputs, results = LossInputs.of(run.train[list(range(8))], CPU), []
@@ -669,10 +747,12 @@ def test_overflows_that_no_scale_prevents_are_an_error(tiny_config):
     run = ManualRun(replace(tiny_config, precision="fp16"))
     log = TrainingLog(RunFolder.of(tiny_config), 0, run.state.scaler)
     run.model.projection_layer.proj.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(InputError, match=r"gradient norm (nan|inf) at step 17, .* lower --lr or use fp32"):
-        for step in range(40):  # the scale is 2^16 at first
-            log.add(step, run.step(run.train[[0]]))
-            log.check_finite()
+    for step in range(16):  # the scale falls from 2^16 to 1
+        log.add(step, run.step(run.train[[0]]))
+        log.check_finite()
+    log.add(16, run.step(run.train[[0]]))
+    with pytest.raises(InputError, match=r"gradient norm (nan|inf) at step 16, .* lower --lr or use fp32"):
+        log.check_finite()
 
 
 def test_gradients_in_fp16_are_unscaled_before_they_are_clipped_and_averaged(tiny_config):
@@ -720,7 +800,7 @@ def test_a_lost_run_is_restored_from_its_mirror_and_resumes(tiny_config, tmp_pat
     train_model(config)
     assert "restored from" in capsys.readouterr().out
     assert len(RunFolder(tmp_path / "drive" / "run").read_scores()) == 2
-    assert [p.name for p in checkpoints(config.mirror_dir)] == ["tmodel_00.pt", "tmodel_01.pt"]
+    assert checkpoints(config.mirror_dir)[-1].name == "tmodel_01.pt"
     with pytest.raises(InputError, match="mount the Drive first"):
         train_model(replace(config, run_dir=str(tmp_path / "new"), mirror_dir=str(tmp_path / "gone" / "run")))
     assert not (tmp_path / "new").exists()

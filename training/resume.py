@@ -68,7 +68,7 @@ def check_same_settings(config: Config, saved: dict, path: Path) -> None:
 
 def check_same_data(folder: RunFolder, config: Config, train: BilingualDataset, resume_point: ResumePoint) -> None:
     """Raises InputError if the corpus or the tokenizers differ from those of the checkpoint."""
-    path, state, _ = resume_point
+    path, state = resume_point.path, resume_point.state
     if state["corpus"] != train.fingerprint:
         raise InputError(
             f"the corpus has changed since {path} was saved ({state['corpus'].split()[0]} training pairs then, "

@@ -1,9 +1,12 @@
 """Handling of Ctrl-C and SIGTERM during training."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 from tqdm import tqdm
 
@@ -39,3 +42,20 @@ class StopSignal:
         """Whether any process has received a signal. All must call it, so that all stop after the same step."""
         self.number = distributed.max_over_processes(self.own)
         return self.number > 0
+
+
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+    """Processes that start in this context never receive Ctrl-C, which would end them before the checkpoint is saved.
+
+    On Windows, which cannot block signals, only `quiet_interrupts` protects them.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # Python's helper for spawned processes; when it starts, it unblocks SIGINT
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by new processes
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

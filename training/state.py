@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from compute import distributed
 from compute.device import LossScaler, choose_precision
-from config import Config
+from config import Config, InputError
 from model import Transformer, get_model
 from translate import load_state_dict
 
@@ -83,12 +83,16 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores a saved state. Optimizer settings, such as weight decay, remain those of the current config."""
+        """Restores a saved state. Optimizer settings, such as weight decay, remain those of the current config.
+
+        Raises InputError if the state of the optimizer does not fit the model.
+        """
         load_state_dict(self.model, state["model"])
         if self.ema_model:
             load_state_dict(self.ema_model, state["ema_model"])
         own = [{name: group[name] for name in OWN_SETTINGS} for group in self.optimizer.param_groups]
         saved = state["optimizer"]
+        check_moments(saved["state"], self.optimizer)
         groups = [{**group, **settings} for group, settings in zip(saved["param_groups"], own, strict=True)]
         self.optimizer.load_state_dict({**saved, "param_groups": groups})
         self.scaler.load_state_dict(state.get("scaler", {}))  # added later than the other parts
@@ -105,6 +109,19 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=1e-9, fused=device.type != "mps")
+
+
+def check_moments(saved: dict[int, dict], optimizer: torch.optim.AdamW) -> None:
+    """Raises InputError if saved moments have other shapes than the parameters: PyTorch would read beyond them."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in saved.items():
+        shape = tuple(parameters[index].shape)
+        for found in (tuple(moments["exp_avg"].shape), tuple(moments["exp_avg_sq"].shape)):
+            if found != shape:
+                raise InputError(
+                    f"the checkpoint has an optimizer state of shape {found} for weights of shape {shape}; "
+                    "restore the file, or resume from another epoch with --preload"
+                )
 
 
 def rng_state() -> dict:
