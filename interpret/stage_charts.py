@@ -259,7 +259,7 @@ def gallery_rows(
         role, about = roles.get((layer, head), ("", ""))
         rows.append({
             "key": f"{layer}.{head}", "image": images[layer, head], "name": f"{layer}.{head}", "role": role,
-            "about": about, **dict(zip(("a", "b", "c"), texts, strict=False)),
+            "about": about, **dict(zip(("a", "b", "c"), [*texts, "", "", ""], strict=False)),
             "x0": (head + 0.05) / H, "x1": (head + 0.95) / H, "x": (head + 0.5) / H, "y": HEAD_HEIGHT * layer,
             "on": (layer, head) in picked, "off": (layer, head) in off, "command": f"head {layer}.{head}",
         })  # fmt: skip
@@ -363,7 +363,9 @@ def heat_map(cells: Table, labels: Table, diverging: bool = False, width: str = 
     `width` is the width in pixels, or the Vega signal that holds it.
     """
     domain, colors = ([-1, 1], "diverging") if diverging else ([0, 1], "heatmap")
-    color = alt.Color("weight:Q", scale=alt.Scale(domain=domain, range=colors, clamp=True), legend=None)
+    color = alt.Color(
+        "weight:Q", scale=alt.Scale(domain=domain, range=colors, clamp=True, interpolate="rgb"), legend=None
+    )
     base = alt.Chart(cells)
     place = {"x": x_of("x0"), "x2": "x1:Q", "y": y_of("y0"), "y2": "y1:Q", "key": "key:N"}
     fits = base.transform_filter(f"(datum.x1 - datum.x0) * {width} >= 26 && datum.number")

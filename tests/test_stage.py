@@ -132,6 +132,7 @@ def test_the_gallery_names_the_three_largest_weights_of_each_head():
     roles = {(0, 0): ("aligner", "entropy 0.1 bits")}
     heads = stage_charts.gallery_rows(weights, KEYS, 1, roles, LIGHT.weights, [(0, 0)], {(0, 1)})
     assert heads[["a", "b", "c"]].iloc[0].tolist() == ["0.95 apple", "0.05 an", "0.00 [SOS]"]
+    assert heads[["a", "b", "c"]].iloc[1].tolist() == ["", "", ""]  # a head that is off
     assert heads[["role", "on", "off"]].values.tolist() == [["aligner", True, False], ["", False, True]]
     assert heads["image"].str.startswith("data:image/png;base64,").all()
 
