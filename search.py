@@ -5,6 +5,7 @@ W  beam size                         T  maximum length of all translations
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
@@ -144,8 +145,24 @@ class BeamState:
         return BeamState(finished=finished, **{name: x[rows] for name, x in values.items()})
 
 
+class BeamStep(NamedTuple):
+    """What one step of beam search extended, finished and kept."""
+
+    ids: Tensor  # (B, 2 W) tokens of the best extensions, best first
+    origin: Tensor  # (B, 2 W) the hypothesis, 0 … W - 1, that each extends
+    log_p: Tensor  # (B, 2 W)
+    is_end: Tensor  # (B, W) whether each of the W best is finished
+    kept: Tensor  # (B, W) which extensions are the hypotheses of the next step
+    is_done: Tensor  # (B,) whether the search of the sentence ends with this step
+
+
 def beam_search(
-    decoder: StepDecoder, max_lengths: Tensor, beam_size: int, length_penalty: float = 0.6, n_best: int = 1
+    decoder: StepDecoder,
+    max_lengths: Tensor,
+    beam_size: int,
+    length_penalty: float = 0.6,
+    n_best: int = 1,
+    watch: Callable[[BeamStep], None] | None = None,
 ) -> list[list[Hypothesis]]:
     """The `n_best` hypotheses of each sentence, best first, at most `max_lengths` (B,) tokens long.
 
@@ -153,7 +170,7 @@ def beam_search(
     reach the limit are finished; the W most probable without [EOS] continue. A sentence is done when no unfinished
     hypothesis can enter its n best: log-probabilities only fall as a hypothesis grows, so its score cannot exceed its
     current log-probability divided by the normalizer of the maximum length. With W = 1 the search stops at the first
-    [EOS], as greedy search does.
+    [EOS], as greedy search does. `watch` is called after each step, with the sentences still in the batch.
     """
     W, T = beam_size, int(max_lengths.max())
     state = BeamState.start(max_lengths, W, T)
@@ -175,15 +192,17 @@ def beam_search(
         state.finished = state.finished.merged(Finished(score, log_p[:, :W], tokens[:, :W]))
 
         # Continue with the W best that do not end with [EOS].
-        state.log_p, best = log_p.masked_fill(ids == EOS, -math.inf).topk(W)  # (B, 2 W) -> (B, W)
-        origin, state.ids, state.tokens = origin.gather(1, best), ids.gather(1, best), gather_tokens(tokens, best)
-        rows = origin + W * torch.arange(len(origin), device=origin.device).unsqueeze(1)  # (B, W), in 0 … B W - 1
+        state.log_p, kept = log_p.masked_fill(ids == EOS, -math.inf).topk(W)  # (B, 2 W) -> (B, W)
+        state.ids, state.tokens = ids.gather(1, kept), gather_tokens(tokens, kept)
+        rows = origin.gather(1, kept) + W * torch.arange(len(kept), device=kept.device).unsqueeze(1)  # 0 … B W - 1
 
         # Find the sentences that are done, and every few steps drop them from the batch.
         bound = state.log_p[:, 0] / length_normalizer(state.limit, length_penalty)  # (B,)
         state.is_done |= (state.limit <= t + 1) | cannot_improve(state.finished.score[:, n_best - 1], bound)
         if W == 1:
             state.is_done |= state.finished.score[:, 0].isfinite()
+        if watch:
+            watch(BeamStep(ids, origin, log_p, is_end, kept, state.is_done.clone()))
         is_check = (t + 1) % CHECK_EVERY == 0 or t + 1 == T
         remaining = remaining_rows(state.is_done) if is_check else None
         if remaining is not None:

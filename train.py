@@ -38,6 +38,7 @@ from compute.device import (
     peak_memory,
     runs_asynchronously,
 )
+from compute.threads import share_cores
 from corpora.sources import count_shared, load_split
 from dataset import Batches, BilingualDataset, encode_splits, make_loader
 from evaluate import format_scores, score
@@ -408,6 +409,7 @@ def train_model(config: Config) -> TrainingState:
     Raises InputError for bad input, before an existing run is changed.
     """
     keep_freed_memory()
+    share_cores()
     folder = RunFolder.of(config)
     with distributed.process_group(), contextlib.ExitStack() as resources:
         # Prepare: the first process encodes the corpus, the others then load it from the cache

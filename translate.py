@@ -8,7 +8,7 @@ python translate.py < sentences.en > sentences.it
 """
 
 # config comes first: it makes Ctrl-C quiet during the imports below
-from config import Config, InputError, parse, run_command
+from config import Config, InputError, counted, parse, run_command
 
 # isort: split
 import math
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from compute.device import DTYPES, choose_precision, explained_out_of_memory, get_device, keep_freed_memory
 from compute.ops import use_low_precision_products
+from compute.threads import share_cores
 from corpora.alignment import lexical_consistency, merge_weights, pharaoh, strongest_links
 from corpora.files import read_lines
 from corpora.sources import load_split
@@ -123,6 +124,7 @@ class Translator:
         log-probabilities by a few thousandths per token. Raises InputError for a missing, damaged or inconsistent run.
         """
         keep_freed_memory()
+        share_cores()
         folder = RunFolder.find(run_dir)
         config = folder.load_config()
         path, is_export = folder.exported_weights, folder.exported_weights.is_file()
@@ -265,7 +267,7 @@ class Translator:
 
 def within_memory(sources: list[list[int]]) -> AbstractContextManager:
     """Context in which a GPU's out-of-memory error becomes an InputError with the size of this batch."""
-    batch = f"{len(sources)} sentences of up to {max(map(len, sources))} tokens"
+    batch = f"{counted(len(sources), 'sentence')} of up to {max(map(len, sources))} tokens"
     return explained_out_of_memory(batch, "lower --beam-size, or --validation-sentences in training, or use the CPU")
 
 

@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from compute.threads import share_cores
 from config import Config, get_config
 from corpora.sources import load_split
 from dataset import EOS, SOS, Batches, BilingualDataset, build_word_tokenizer, make_loader
@@ -115,7 +116,7 @@ class ToyCorpus(NamedTuple):
 
 def load_corpus(sentences: int = 200, **settings) -> ToyCorpus:
     """The toy corpus, with so many sentences of its test split; `settings` are fields of the toy preset."""
-    config = get_config("toy", device="cpu", **settings)
+    config = get_config("toy", **{"device": "cpu", "warmup_steps": 100, **settings})
     pairs, test = load_split(config, "train"), load_split(config, "test")
     tokenizers = [build_word_tokenizer(pairs[side], config.vocab_size) for side in ("src", "tgt")]
     train = BilingualDataset(pairs, *tokenizers, config.seq_len)
@@ -146,6 +147,7 @@ def train(
     functions: SimpleNamespace, corpus: ToyCorpus, steps: int = 280, lr: float = 3e-3, log_every: int = 50
 ) -> OwnTransformer:
     """Trains a new model with Adam, linear warmup and a cosine schedule. Prints the loss every `log_every` steps."""
+    share_cores()
     config, model = corpus.config, new_model(functions, corpus)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98), eps=1e-9)
     start, model = time.perf_counter(), model.train()

@@ -252,7 +252,7 @@ def variant_bars(table: pd.DataFrame) -> alt.HConcatChart:
     variants, height = table["variant"].tolist(), 20 * len(table)
     bars = (
         alt.Chart(table)
-        .mark_bar(style="chosen", cornerRadiusEnd=3)
+        .mark_bar(style="chosen")
         .encode(
             x=alt.X("change:Q", title="change in log-probability of the baseline's translation (nats)"),
             y=alt.Y("variant:N", title=None, sort=variants, axis=alt.Axis(labelLimit=300)),

@@ -232,3 +232,42 @@ def alignment_errors(translator: Translator, pairs: list[Pair]) -> pd.DataFrame:
         for (layer, head, shift), (sure, possible, proposed, all_sure) in counts.items()
     ]
     return pd.DataFrame(errors).sort_values("error").reset_index(drop=True)
+
+
+# ---------------------------------------------------------------------------- what each head does
+
+
+def scorecard(translator: Translator, pairs: list[tuple[str, str]], gold: list[Pair] | None = None) -> pd.DataFrame:
+    """What each head does, over sentence pairs: the columns of `head_statistics` as means, error, shift and role.
+
+    `error` is the alignment error rate of a cross-attention head with its best `shift` (see `alignment_errors`), where
+    there are gold alignments. For the roles see `role_of`. Raises InputError for a pair longer than `seq_len`.
+    """
+    tables = [head_statistics(record_trace(translator, source, target)) for source, target in pairs]
+    place = ["kind", "layer", "head"]
+    table = pd.concat(tables).groupby(place, sort=False).mean().reset_index()
+    if gold:
+        errors = alignment_errors(translator, gold).assign(kind="cross").drop_duplicates(place)  # sorted by error
+        table = table.merge(errors[errors["head"] != "mean"].astype({"head": int}), on=place, how="left")
+    else:
+        table = table.assign(shift=np.nan, error=np.nan)
+    return table.assign(role=[role_of(row) for row in table.to_dict("records")])
+
+
+def role_of(head: dict) -> str:
+    """The role of a head with these statistics: what it spends at least half of its weight on.
+
+    aligner: an alignment error rate of at most 0.25. Otherwise previous (position), itself (its own position),
+    [SOS], [EOS] or punctuation; spread if even its largest weights are below 0.5; near if its keys are at most 1.5
+    positions away; or mixed. Positions count in self-attention only.
+    """
+    if head["kind"] == "cross" and head["error"] <= 0.25:  # False for NaN
+        return "aligner"
+    is_self = head["kind"] != "cross"
+    positions = {"previous_position": "previous", "own_position": "itself"} if is_self else {}
+    for name, role in {**positions, "[SOS]": "[SOS]", "[EOS]": "[EOS]", "punctuation": "punctuation"}.items():
+        if head[name] >= 0.5:
+            return role
+    if head["max_weight"] < 0.5:
+        return "spread"
+    return "near" if is_self and head["distance"] <= 1.5 else "mixed"

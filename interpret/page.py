@@ -55,12 +55,7 @@ class Card:
 
 
 def write_page(
-    path: str | Path,
-    title: str,
-    run: str,
-    cards: list[Card | list[Card]],
-    data: dict,
-    controls: str = "",
+    path: str | Path, title: str, run: str, cards: list[Card | list[Card]], data: dict, controls: str = ""
 ) -> None:
     """Writes a page. `data` is embedded as JSON and holds at least `specs`, the Vega-Lite charts of the cards."""
     themes = {name: vega_config(palette) for name, palette in PALETTES.items()}

@@ -110,8 +110,8 @@ def in_focus(chart: alt.Chart) -> alt.Chart:
     """The weights of the row in focus: column, weight. Between two rows, their mixture."""
     return (
         chart.transform_filter("abs(datum.row - t) < 1")
-        .transform_calculate(weight="datum.weight * (1 - abs(datum.row - t))")
-        .transform_aggregate(weight="sum(weight)", groupby=["column"])
+        .transform_calculate(part="datum.weight * (1 - abs(datum.row - t))")  # a new field: Vega runs this at every t
+        .transform_aggregate(weight="sum(part)", groupby=["column"])
         .transform_calculate(token=f"{KEYS}[datum.column]")
     )
 
@@ -304,11 +304,11 @@ def token_chips() -> alt.Chart:
         sides.transform_calculate(
             token=f"datum.side == 'above' ? {KEYS} : {below}",
             center="place[kind][datum.side]",
-            half="place[kind][datum.side + '_width']",
+            wide="place[kind][datum.side + '_width']",
         )
         .transform_calculate(i="sequence(length(datum.token))")
-        .transform_flatten(["token", "center", "half", "i"])
-        .transform_calculate(half="datum.half / 2")
+        .transform_flatten(["token", "center", "wide", "i"])
+        .transform_calculate(half="datum.wide / 2")
     )
 
 

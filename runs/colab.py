@@ -10,7 +10,6 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 GITHUB = "OWNER/REPOSITORY"  # where the project is published; CONTRIBUTING.md says how to fill it in
-KEPT = ("torch", "jupyter", "ctranslate2")  # Colab's PyTorch matches its GPU; no notebook needs the others there
 
 # The same cell in all notebooks. One that was opened from GitHub has no files beside it, so it holds the address.
 FIRST_CELL = f"""import os
@@ -54,7 +53,10 @@ def install_missing() -> None:
 
 
 def missing(requirements: Path) -> list[str]:
-    """The lines of a requirements file, and of those that it includes with -r, that this machine does not meet."""
+    """The lines of a requirements file, and of those that it includes with -r, that this machine does not meet.
+
+    Except PyTorch: Colab's build matches its GPU.
+    """
     found = []
     for line in requirements.read_text(encoding="utf8").splitlines():
         line = line.partition("#")[0].strip()
@@ -66,7 +68,7 @@ def missing(requirements: Path) -> list[str]:
 
 
 def is_met(requirement: Requirement) -> bool:
-    if requirement.name in KEPT:
+    if requirement.name == "torch":
         return True
     try:
         return requirement.specifier.contains(version(requirement.name), prereleases=True)

@@ -87,11 +87,17 @@ class RunFolder:
     @classmethod
     def most_recent(cls) -> "RunFolder":
         """The most recently trained run under weights/. Raises InputError if there is none."""
-        runs = [cls(path) for path in WEIGHTS_FOLDER.glob("*") if cls(path).config_file.is_file()]
-        runs = [run for run in runs if run.checkpoints()]
+        runs = cls.trained()
         if not runs:
             raise InputError("no trained run in weights/; train one first: python train.py --preset toy")
-        return max(runs, key=lambda run: run.checkpoints()[-1].stat().st_mtime)
+        return runs[0]
+
+    @classmethod
+    def trained(cls) -> list["RunFolder"]:
+        """The trained runs under weights/, the most recently trained first."""
+        runs = [cls(path) for path in WEIGHTS_FOLDER.glob("*") if cls(path).config_file.is_file()]
+        runs = [run for run in runs if run.checkpoints()]
+        return sorted(runs, key=lambda run: run.checkpoints()[-1].stat().st_mtime, reverse=True)
 
     # ------------------------------------------------------------------------ files
 

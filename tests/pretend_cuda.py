@@ -104,7 +104,9 @@ def check(operator, args, kwargs) -> None:
         if any(t is not None and not isinstance(t, CudaTensor) for t in args[1]):
             record_wait("index on the CPU")
         on_cpu = [t for t in on_cpu if not any(t is index for index in args[1])]
+    # Scalars may be on the CPU, except in kernels for lists of tensors, and except the one that is modified.
     takes_scalars = "_foreach_" not in name and "_fused_" not in name and "_amp_" not in name
+    takes_scalars &= not (operator._schema.is_mutable and any(t is args[0] for t in on_cpu))
     if operator is not aten.copy_.default and any(t.dim() or not takes_scalars for t in on_cpu):
         raise RuntimeError(f"{name}: expected all tensors on cuda:0, but found one of shape {on_cpu[0].shape} on cpu")
     if operator in WAITING:

@@ -109,3 +109,16 @@ def test_a_single_process_never_calls_torch_distributed(tiny_config, monkeypatch
 
     monkeypatch.setattr(distributed, "dist", Unused())
     train_model(replace(tiny_config, save_every_steps=2, num_epochs=1))
+
+
+def test_the_exchange_of_gradients_has_a_time_limit_and_leaves_out_the_positional_encodings(monkeypatch):
+    order, module = [], torch.nn.Linear(2, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "broadcast", lambda value: order.append("all processes meet"))
+    monkeypatch.setattr(distributed.dist, "new_group", lambda timeout: order.append(timeout.total_seconds()) or "group")
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda module, **options: options)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    assert distributed.averaging_gradients(module, cpu) == {"broadcast_buffers": False}
+    expected = {"broadcast_buffers": False, "device_ids": [1], "process_group": "group"}
+    assert distributed.averaging_gradients(module, gpu) == expected
+    assert order == ["all processes meet", 600]

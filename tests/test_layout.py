@@ -23,6 +23,7 @@ LAYERS = [
     ["course"],
     ["export", "experiments", "visualize"],
     ["build_it_yourself", "convert"],
+    ["app"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ROOMS = ["compute", "corpora", "course", "interpret", "runs", "training"]

@@ -686,6 +686,21 @@ def test_rdrop_is_half_of_equation_4_of_wu_et_al():
     assert torch.allclose(rdrop(GivenLogits(), LossInputs(*batch, torch.arange(3), label), eps, alpha), expected)
 
 
+def test_running_out_of_memory_in_validation_is_explained(tiny_config, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    run = ManualRun(tiny_config)
+    monkeypatch.setattr(TrainingLoss, "forward", out_of_memory)
+    with pytest.raises(InputError, match=r"out of memory in a batch of \d+ sentences of \d+ tokens; lower --batch-tok"):
+        train.validation_loss(run.model, run.validation, run.config, "fp32")
+    monkeypatch.setattr("translate.greedy_decode", out_of_memory)
+    with pytest.raises(
+        InputError, match=r"out of memory in a batch of 1 sentence of up to \d+ tokens; lower --beam-size"
+    ):
+        run.translator.translate(["I sleep."])
+
+
 def test_rdrop_in_chunks_equals_rdrop_at_once(tiny_config, monkeypatch):
     run = ManualRun(replace(tiny_config, rdrop_alpha=5.0))
     inputs, results = LossInputs.of(run.train[list(range(8))], CPU), []

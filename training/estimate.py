@@ -10,14 +10,13 @@ from compute.ops import LOGITS_PER_CHUNK
 from config import Config
 from model import Transformer
 
-# Peak FLOP/s of dense matrix multiplications, from the data sheets.
-PEAK_FLOPS = {
-    "T4": {"fp32": 8.1e12, "fp16": 65e12},
-    "A100": {"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12},
+# FLOP/s by GPU and precision: the peak of the data sheet times an assumed, not measured, share. A d_model of 512 is
+# too small to keep tensor cores busy, which an A100 also uses in fp32 (TF32).
+FLOPS_PER_SECOND = {
+    "T4": {"fp32": 0.5 * 8.1e12, "fp16": 0.15 * 65e12},
+    "A100": {"fp32": 0.15 * 156e12, "fp16": 0.15 * 312e12, "bf16": 0.15 * 312e12},
 }
-# Assumed, not measured: a d_model of 512 is too small to keep tensor cores busy.
-SHARE_OF_PEAK = {"fp32": 0.5, "fp16": 0.15, "bf16": 0.15}
-SECONDS_PER_BLOCK = 2e-3  # to launch the kernels of a block: forward, backward and update
+SECONDS_PER_BLOCK = 2e-3  # assumed, to launch the kernels of a block: forward, backward and update
 
 # Resident memory of a process with PyTorch, and of the kernels that oneDNN keeps in bf16 (benchmarks/README.md).
 CPU_PROCESS_BYTES, CPU_BF16_BYTES = 0.5e9, 2.5e9
@@ -36,12 +35,12 @@ def estimated_seconds(
     config: Config, model: Transformer, steps: int, mean_length: float, gpu: str, precision: str
 ) -> float | None:
     """Training time without validation, for sentences of `mean_length` tokens; None for an unknown GPU."""
-    peak = next((peaks.get(precision) for name, peaks in PEAK_FLOPS.items() if name in gpu), None)
-    if peak is None:
+    speed = next((speeds.get(precision) for name, speeds in FLOPS_PER_SECOND.items() if name in gpu), None)
+    if speed is None:
         return None
     tokens = config.batch_tokens or config.batch_size * mean_length
     passes = 2 if config.rdrop_alpha else 1
-    computing = passes * training_flops(model, tokens) / (peak * SHARE_OF_PEAK[precision])
+    computing = passes * training_flops(model, tokens) / speed
     launching = SECONDS_PER_BLOCK * (config.encoder_layers + config.decoder_layers)
     return steps * config.accumulation_steps * max(computing, launching)
 

@@ -71,7 +71,7 @@ def rdrop(model: Transformer, inputs: LossInputs, label_smoothing: float, alpha:
     *tensors, positions, label = inputs
     x = model.hidden(*(torch.cat([tensor, tensor]) for tensor in tensors), decoder_mask=None)  # (2 B, T, D)
     x = x.unflatten(0, (2, -1)).flatten(1, 2).index_select(1, positions)  # (2, B T, D) -> (2, N, D)
-    V, loss = model.projection_layer.proj.out_features, x.new_zeros(())
+    V, loss = model.projection_layer.proj.out_features, torch.zeros((), device=x.device)
     chunk = max(1, LOGITS_PER_CHUNK[x.device.type] // (2 * V))
     for x_, label_ in zip(x.split(chunk, 1), label.split(chunk), strict=True):
         # Logits are computed again in the backward pass, so that only those of one chunk are in memory.
