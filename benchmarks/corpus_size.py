@@ -34,7 +34,7 @@ def write_corpus(path: Path, pairs: int) -> None:
     clauses = [[words[next(sampled)] for _ in range(n)] for n in lengths]
     sources = [" ".join(clause) for clause in clauses]
     targets = [" ".join(word[::-1] for word in clause) for clause in clauses]
-    with path.open("w") as file:
+    with path.open("w", encoding="utf8") as file:
         for start in range(0, pairs, 100_000):
             chosen = rng.integers(0, CLAUSES, (min(100_000, pairs - start), 2)).tolist()
             file.writelines(f"{sources[a]}, {sources[b]}.\t{targets[a]}, {targets[b]}.\n" for a, b in chosen)
@@ -63,10 +63,10 @@ def resident_memory(root: int) -> tuple[int, int]:
     while waiting:
         processes.append(waiting.pop())
         children = Path(f"/proc/{processes[-1]}/task/{processes[-1]}/children")
-        waiting += [int(child) for child in children.read_text().split()] if children.exists() else []
+        waiting += [int(child) for child in children.read_text(encoding="utf8").split()] if children.exists() else []
     for process in processes:
         try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf8").splitlines()
         except OSError:  # the process has ended
             continue
         sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines[1:]}

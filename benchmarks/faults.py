@@ -95,7 +95,7 @@ class Bench:
 def run_train(arguments: list[str], log: Path, disturb: Callable[[], None] | None, started) -> None:
     """Runs in the new process: train.py with these arguments, its output appended to a file."""
     torch.set_num_threads(1)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["train.py", *arguments]
@@ -339,9 +339,9 @@ def fails_cleanly(bench: Bench, run: Path, before: dict[Path, bytes], disturb: C
     log = bench.folder / "full.log"
     log.unlink()
     status = bench.train("full", disturb=disturb)
-    errors = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    errors = [line for line in log.read_text(encoding="utf8").splitlines() if line.startswith("error:")]
     unchanged = all(path.is_file() and path.read_bytes() == content for path, content in before.items())
-    one_error = len(errors) == 1 and "Traceback" not in log.read_text()
+    one_error = len(errors) == 1 and "Traceback" not in log.read_text(encoding="utf8")
     return status == 2 and one_error and unchanged and has_no_temporary_files(run)
 
 

@@ -76,7 +76,7 @@ def start_training(arguments: argparse.Namespace, seed: int) -> tuple[Path, subp
     run.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAIN), "--preset", "multi30k", *corpus_flags(arguments.data, arguments.form)]
     command += ["--run-dir", str(run), "--seed", str(seed), *arguments.flags]
-    return run, subprocess.Popen(command, stdout=log_file(run).open("a"), stderr=subprocess.STDOUT)
+    return run, subprocess.Popen(command, stdout=log_file(run).open("a", encoding="utf8"), stderr=subprocess.STDOUT)
 
 
 def log_file(run: Path) -> Path:

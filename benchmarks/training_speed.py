@@ -126,14 +126,16 @@ def peak_memory(
 def resident_memory_growth(implementation: type, size: ModelSize, vocab_size: int, batches: list[dict]) -> int:
     cpu = torch.device("cpu")
     train(implementation(SIZES["tiny"], 100, cpu), [tiny_batch(batches[0])])  # loads the libraries
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf8")  # resets the peak
     before = peak_resident_memory()
     train(implementation(size, vocab_size, cpu), batches)
     return peak_resident_memory() - before
 
 
 def peak_resident_memory() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf8").splitlines() if line.startswith("VmHWM")
+    )
     return 1024 * int(line.split()[1])
 
 

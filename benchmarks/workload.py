@@ -158,7 +158,7 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
         processor = next(line.split(":")[1].strip() for line in lines if "model name" in line)
         name = f"{processor}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return f"{name}, PyTorch {torch.__version__}"

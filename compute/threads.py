@@ -67,7 +67,7 @@ def waiting_time() -> float:
     nanoseconds = 0
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError):  # the thread has ended, or the kernel does not count
-            nanoseconds += int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[1])
+            nanoseconds += int(Path(f"/proc/self/task/{thread}/schedstat").read_text(encoding="utf8").split()[1])
     return nanoseconds / 1e9
 
 

@@ -43,11 +43,11 @@ def learning_curve(run_dir: Path, target_tokens: int) -> alt.HConcatChart:
 
     The dashed line is the lower bound of the label-smoothed loss for a vocabulary of `target_tokens`.
     """
-    smoothing = json.loads((run_dir / "config.json").read_text())["label_smoothing"]
+    smoothing = json.loads((run_dir / "config.json").read_text(encoding="utf8"))["label_smoothing"]
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     training = pd.DataFrame([{"step": event.step, "value": event.value} for event in events.Scalars("train/loss")])
-    scores = pd.DataFrame(map(json.loads, (run_dir / "scores.jsonl").read_text().splitlines()))
+    scores = pd.DataFrame(map(json.loads, (run_dir / "scores.jsonl").read_text(encoding="utf8").splitlines()))
     last = int(training["step"].max())
     x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(domain=[0, last + 40], nice=False))
     lowest = pd.DataFrame({"step": [0, last], "value": [smoothed_entropy(smoothing, target_tokens)] * 2})

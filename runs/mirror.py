@@ -96,7 +96,7 @@ def begin(mirror: RunFolder, parameters: int, has_ema: bool) -> None:
     """
     try:
         mirror.path.mkdir(exist_ok=True)
-        mirror.trainer_file.write_text(TRAINER)
+        mirror.trainer_file.write_text(TRAINER, encoding="utf8")
         for path in (*mirror.path.glob(".*.tmp"), *mirror.tensorboard.glob(".*.tmp")):
             discard(path)
         used = sum(path.stat().st_size for path in mirror.checkpoints())
@@ -124,7 +124,7 @@ def update(mirror: RunFolder, run: RunFolder, best_by: str) -> None:
     A new epoch is only copied: the update after its validation knows which checkpoint is the best.
     """
     try:
-        if mirror.trainer_file.read_text() != TRAINER:
+        if mirror.trainer_file.read_text(encoding="utf8") != TRAINER:
             raise InputError("another process writes this mirror now; stop one of the two")
         for path in run.other_files():
             copy_if_changed(path, mirror.path / path.relative_to(run.path))

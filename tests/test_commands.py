@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 import config
 import experiments
@@ -183,6 +185,18 @@ def test_the_files_named_for_optional_packages_list_them(package):
     distributions = {"vl_convert": "vl-convert-python", "PIL": "pillow"}
     text = (ROOT / OPTIONAL_PACKAGES[package]).read_text(encoding="utf8")
     assert re.search(rf"^{distributions.get(package, package)}>=", text, re.MULTILINE)
+
+
+def test_pyproject_reads_lists_of_packages_without_references_to_other_files():
+    dynamic = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["tool"]["setuptools"]["dynamic"]
+    tables = [dynamic["dependencies"], *dynamic["optional-dependencies"].values()]
+    files = [name for table in tables for name in table["file"]]
+    assert {f"requirements-{name}.txt" for name in ("train", "charts", "notebooks", "app", "export")} == set(files)
+    for name in files:
+        lines = (ROOT / name).read_text(encoding="utf8").splitlines()
+        for line in [line.partition("#") for line in lines if not line.startswith("#")]:
+            assert Requirement(line[0]).specifier, name
+            assert line[2].strip(), f"{name}: {line[0]} has no reason"
 
 
 # ---------------------------------------------------------------------------- names of sources

@@ -70,3 +70,22 @@ def test_no_import_is_circular_within_a_room():
         for name in free:
             del remaining[name]
     assert not remaining
+
+
+def names_encoding(call: ast.Call) -> bool:
+    """Whether a call that may open a text file names the encoding, or opens a binary file."""
+    arguments = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    constants = [str(node.value) for node in arguments if isinstance(node, ast.Constant)]
+    return any(keyword.arg == "encoding" for keyword in call.keywords) or any(
+        text in ("rb", "wb", "ab", "r+b", "utf8") for text in constants
+    )
+
+
+@pytest.mark.parametrize("path", [*modules(), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py")], ids=dotted)
+def test_text_files_are_opened_as_utf8(path):
+    """Elsewhere than on Linux, the default encoding depends on the machine."""
+    opening = {"open", "read_text", "write_text"}
+    for call in [node for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))) if isinstance(node, ast.Call)]:
+        owner = getattr(getattr(call.func, "value", None), "id", "")
+        if getattr(call.func, "attr", getattr(call.func, "id", "")) in opening and owner not in ("os", "gzip", "Image"):
+            assert names_encoding(call), ast.unparse(call)

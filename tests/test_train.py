@@ -495,13 +495,20 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tiny_config, t
 def test_ctrl_c_saves_while_workers_start(tiny_config, method):
     """In a terminal, Ctrl-C also reaches the workers. Those that are not forked take seconds to start."""
     config = replace(tiny_config, num_epochs=60, num_workers=2)
-    code = f"import dataset, train; dataset.START_METHOD = {method!r}; train.run_command(train.main)"
+    code = f"""
+import dataset, train
+def starting_workers(original=train.starting_workers):
+    print("starting workers", flush=True)
+    return original()
+dataset.START_METHOD, train.starting_workers = {method!r}, starting_workers
+train.run_command(train.main)
+"""
     command = [sys.executable, "-c", code, *flags_of(config)]
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf8"}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
-    assert any("Epoch 00" in line for line in iter(process.stdout.readline, ""))  # those of the next epoch are started
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams) as process:
+        assert any("starting workers" in line for line in iter(process.stdout.readline, ""))
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate()
     assert "saving after this step" in errors
     assert "Traceback" not in errors
     assert process.returncode == 130, errors
