@@ -181,7 +181,7 @@ class Tutorial:
 
 
 def explicit_attention(
-    block: MultiHeadAttentionBlock, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+    block: MultiHeadAttentionBlock, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: bool = False
 ) -> Tensor:
     scores = (query @ key.transpose(-2, -1)) / math.sqrt(block.d_k)
     scores.masked_fill_(mask == 0, -1e9)

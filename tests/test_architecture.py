@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import altair as alt
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -25,6 +25,7 @@ from interpret.architecture import (
     run_architecture,
 )
 from interpret.charts import save_picture
+from interpret.trace import AttentionTrace
 from model import get_model
 from runs.folder import RunFolder
 
@@ -186,9 +187,11 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_with_a_sentence_the_picture_has_its_lengths(untrained_run, monkeypatch, tmp_path):
-    trace = SimpleNamespace(src_tokens=["[SOS]", "a", "[EOS]"], tgt_tokens=["[SOS]", "b", "c", "d"])
-    monkeypatch.setattr(visualize.Translator, "load", lambda *_: None)
-    monkeypatch.setattr(visualize, "record_trace", lambda *_: trace)
+    tokens = ["[SOS]", "a", "[EOS]"], ["[SOS]", "b", "c", "d"], ["b", "c", "d", "[EOS]"]
+    sizes = {"encoder": (3, 3), "decoder": (4, 4), "cross": (4, 3)}
+    weights = {kind: np.zeros((1, 1, *size)) for kind, size in sizes.items()}
+    trace = AttentionTrace(*tokens, tokens[2], [0, 1, 2], [0, 1, 2, 3], weights, [[]] * 4, "run")
+    monkeypatch.setattr(visualize, "load_traces", lambda *_: [trace])
     visualize.main("a", run_dir=untrained_run, architecture=str(tmp_path / "a.svg"))
     assert "1 sentence, 3 source and 4 target tokens" in (tmp_path / "a.svg").read_text(encoding="utf8")
 
@@ -196,7 +199,7 @@ def test_with_a_sentence_the_picture_has_its_lengths(untrained_run, monkeypatch,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"architecture": "a.pdf"}, "a.pdf does not end in .svg or .png"),
+        ({"architecture": "a.pdf"}, "a.pdf does not end in .png or .svg"),
         ({"architecture": "a.svg", "preset": "toys"}, r"no preset 'toys' \(did you mean toy\?\)"),
         ({"architecture": "a.svg", "preset": "toy", "run_dir": "run"}, "name two models"),
         ({"architecture": "a.svg", "run_dir": "none"}, "no run in 'none'"),

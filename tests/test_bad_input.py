@@ -137,7 +137,9 @@ CASES = [
     Case("missing pair of text files", train_new("./none"), r"no \./none\.en and no folder"),
     Case("missing text file of one language", train_new("a"), r"no file a\.it; line n of", files(a_en="1\n")),
     Case("missing validation file", train_new("pairs.tsv", "--validation-source none.tsv"), r"no file none\.tsv"),
-    Case("text file instead of the prefix", train_new("./a.en"), r"common prefix, a$", files(a_en="1\n", a_it="1\n")),
+    Case(
+        "text file instead of the prefix", train_new("./a.en"), r"common prefix, \./a$", files(a_en="1\n", a_it="1\n")
+    ),
     Case("source without a name", train_new(":train"), "has no name; give one"),
     Case("empty file", train_new("a.tsv"), r"a\.tsv contains no pairs; give", file("a.tsv", "")),
     Case(

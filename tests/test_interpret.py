@@ -381,10 +381,10 @@ def test_decoder_chart_has_no_masked_cell(tmp_path):
 
 
 @pytest.mark.slow
-def test_gif_has_a_frame_for_every_step(tmp_path):
+def test_gif_has_a_frame_for_every_step_and_frames_between_two_steps(tmp_path):
     trace = random_trace()
-    charts.save_gif(trace, tmp_path / "steps.gif")
-    assert Image.open(tmp_path / "steps.gif").n_frames == len(trace.tgt_tokens)
+    charts.save_gif(trace, tmp_path / "steps.gif", between=2)
+    assert Image.open(tmp_path / "steps.gif").n_frames == 3 * (len(trace.tgt_tokens) - 1) + 1
 
 
 def data_of(path: Path) -> dict:

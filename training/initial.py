@@ -48,12 +48,12 @@ def start_from(initial: Translator, state: TrainingState, train: BilingualDatase
     if not distributed.is_first():
         return
     shares = unknown_shares(train, (initial.tokenizer_src, initial.tokenizer_tgt))
-    text = "{:.1%} of the source tokens and {:.1%} of the target tokens".format(*shares)
+    text = f"{shares[0]:.1%} of the source tokens and {shares[1]:.1%} of the target tokens"
     print(f"starting     from {initial.folder}, {initial.weights}; unknown to its tokenizers: {text}")
     if max(shares) > MANY_UNKNOWN:
         what = "become [UNK]" if initial.config.tokenizer == "word" else "are characters split into bytes"
-        line = f"{text} are unknown and {what}; start from a run on similar text, or train without --init-from"
-        print(f"warning: {line}", file=sys.stderr)
+        remedy = "start from a run on similar text, or train without --init-from"
+        print(f"warning: {text} are unknown and {what}; {remedy}", file=sys.stderr)
 
 
 def unknown_shares(train: BilingualDataset, tokenizers: Sequence[Tokenizer]) -> list[float]:
