@@ -441,7 +441,7 @@ def test_hostile_text_never_runs(page):
 @pytest.mark.slow
 @in_browser
 def test_the_app_answers_soon(page):
-    """The limits are generous, as other processes may slow the app down; docs/explorer.md has measured times."""
+    """The limits are generous, as other processes may slow the app down; -s prints the medians."""
     texts = ".st-key-chart_ribbons svg text"
     sentences = [f"{subject} eat {thing}." for thing in ("an apple", "bread") for subject in ("We", "They", "You")]
     typing = [page.took("input", texts, [s.split()[0], "."], lambda s=s: page.type(s)) for s in sentences]
