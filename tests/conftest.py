@@ -78,7 +78,7 @@ def train_one_epoch(folder: Path, lang_tgt: str) -> Path:
     """Trains the toy preset for one epoch into `folder`."""
     from train import train_model
 
-    quick = {"num_epochs": 1, "validation_sentences": 50, "device": "cpu"}
+    quick = {"num_epochs": 1, "warmup_steps": 100, "validation_sentences": 50, "device": "cpu"}
     train_model(get_config("toy", run_dir=str(folder), lang_tgt=lang_tgt, **quick))
     return folder
 

@@ -255,17 +255,12 @@ def test_charts_of_experiments_are_drawn(translator, tmp_path):
         charts.variant_bars(table),
         charts.difference(before, after, "encoder", 0, 0),
         charts.importance_heat_map(importance),
-        page.report_page(
-            SENTENCE,
-            before,
-            e.trace_variant(translator, SENTENCE, table["translation"][0], interventions.UNIFORM_CROSS),
-            steps,
-            table,
-            importance,
-        ),
     ]
     for i, chart in enumerate(drawn):
         charts.save_picture(chart, tmp_path / f"{i}.png")
+    corrupted = e.trace_variant(translator, SENTENCE, table["translation"][0], interventions.UNIFORM_CROSS)
+    page.save_report(tmp_path / "report.html", SENTENCE, before, corrupted, steps, table, importance)
+    assert table["translation"][0] in (tmp_path / "report.html").read_text(encoding="utf8")
     with pytest.raises(ValueError, match="different tokens"):
         charts.difference(before, record_trace(translator, "She sleeps."), "encoder", 0, 0)
 

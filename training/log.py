@@ -126,7 +126,8 @@ def duration(seconds: float) -> str:
 
 def shows_bars() -> bool:
     """Whether progress bars are wanted and can be redrawn: in a terminal or a notebook, without TQDM_DISABLE."""
-    return "TQDM_DISABLE" not in os.environ and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    is_notebook = type(sys.stderr).__module__.startswith("ipykernel")
+    return "TQDM_DISABLE" not in os.environ and (sys.stderr.isatty() or is_notebook)
 
 
 class ProgressBar:
