@@ -26,8 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from interpret.architecture import GRAY, LINE, RED, SANS, TEXT, Canvas, run_architecture  # noqa: E402
-from interpret.charts import grid  # noqa: E402
+from interpret.architecture import GRAY, LINE, RED, SANS, TEXT, run_architecture  # noqa: E402
+from interpret.charts import grid, save_gif  # noqa: E402
 from interpret.page import save_page  # noqa: E402
 from interpret.trace import AttentionTrace, record_trace  # noqa: E402
 from translate import Translator  # noqa: E402
@@ -130,55 +130,6 @@ def variant_bars(path: Path) -> alt.HConcatChart:
     return plain(alt.hconcat(change, bleu, spacing=18))
 
 
-# ---------------------------------------------------------------------------- decoding
-
-
-def decoding_frame(traced: AttentionTrace, step: int) -> alt.LayerChart:
-    """The translation up to a step, the cross-attention so far and the most probable next tokens.
-
-    Attention is averaged over the heads of the last layer: one row per step, one column per source token.
-    """
-    attention = traced.weights["cross"][-1].mean(0)  # (T, S): target and source tokens
-    T, S = attention.shape
-    size, left, top = 20, 180, 106  # side of a cell, corner of the heat map
-    right, bars = left + size * S, left + size * S + 60
-    c = Canvas(820, top + size * T + 4)
-    for y, name, tokens, weight in (
-        (14, "source", traced.src_tokens[1:-1], "normal"),
-        (40, "translation", traced.next_tokens[: step + 1], "bold"),
-    ):
-        c.text(left - 10, y, name, 13, GRAY, align="right")
-        c.text(left, y, " ".join(tokens), 16, align="left", weight=weight)
-    c.text(left - 10, top - 14, "cross-attention", 13, GRAY, align="right")
-    c.rect(left, top, right, top + size * T, "#f0f1f3", "transparent")
-    for column, token in enumerate(traced.src_tokens):
-        c.text(left + size * (column + 0.5), top - 10, token, 12, GRAY, align="left", angle=315)
-    for row in range(step + 1):
-        y = top + size * row
-        step_name = f"{traced.tgt_tokens[row]} → {traced.next_tokens[row]}"
-        c.text(left - 10, y + size / 2, step_name, 12, TEXT if row == step else GRAY, align="right")
-        for column, weight in enumerate(attention[row].tolist()):
-            x = left + size * column
-            c.cells.append({"x": x, "y": y, "x2": x + size, "y2": y + size, "weight": weight})
-    c.text(bars, top - 14, "next token", 13, GRAY, align="left")
-    for rank, (token, log_p) in enumerate(traced.candidates[step]):
-        y, p = top + 6 + 34 * rank, math.exp(log_p)
-        color, fill = (TEXT, RED) if token == traced.next_pieces[step] else (GRAY, LINE)
-        c.text(bars, y + 6, token, 13, color, align="left")
-        c.text(bars + 220, y + 6, f"{p:.1%}", 13, color, align="right")
-        c.rect(bars, y + 16, bars + max(2, 220 * p), y + 25, fill, "transparent")
-    return c.chart()
-
-
-def save_decoding(traced: AttentionTrace, path: Path, seconds: float = 0.9) -> None:
-    """Writes the frames as an animated GIF that pauses on the last one."""
-    frames = [pixels(decoding_frame(traced, step)) for step in range(len(traced.next_tokens))]
-    palette = frames[-1].quantize(128)
-    first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
-    durations = [round(1000 * seconds)] * len(rest) + [round(3000 * seconds)]
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
-
-
 # ---------------------------------------------------------------------------- the explorer
 
 
@@ -225,7 +176,7 @@ def main() -> None:
     save(run_architecture(arguments.run_dir), to / "architecture.png")
     save(learning_curve(arguments.run_dir, translator.tokenizer_tgt.get_vocab_size()), to / "learning_curve.png")
     save(grid(record_trace(translator, SHORT), "cross"), to / "grid.png")
-    save_decoding(record_trace(translator, LONG), to / "decoding.gif")
+    save_gif(record_trace(translator, LONG), to / "decoding.gif")
     if arguments.variants:
         save(variant_bars(arguments.variants), to / "variants.png")
     if chromium := shutil.which("chromium") or shutil.which("google-chrome"):

@@ -331,14 +331,15 @@ def save_picture(chart: alt.TopLevelMixin, path: str | Path, scale: float = 2.0)
         Path(path).write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=scale))
 
 
-def save_gif(trace: AttentionTrace, path: str | Path, seconds: float = 1.0, between: int = 6) -> None:
+def save_gif(trace: AttentionTrace, path: str | Path, seconds: float = 1.0, between: int = 3) -> None:
     """Writes the decoding steps as an animated GIF: each step for `seconds`, with `between` frames to the next one."""
-    last, frames, durations = len(trace.tgt_tokens) - 1, [], []
-    for i in range(last * (between + 1) + 1):
+    spec, frames, durations = decode_stepper(trace, 0).to_dict(), [], []
+    (t,) = [param for param in spec["params"] if param["name"] == "t"]
+    for i in range((len(trace.tgt_tokens) - 1) * (between + 1) + 1):
         step = i / (between + 1)
-        png = vl_convert.vegalite_to_png(decode_stepper(trace, eased(step)).to_dict(), scale=1.2)
-        frames.append(Image.open(io.BytesIO(png)).convert("RGB"))
-        durations.append(round(1000 * seconds) if step.is_integer() else 40)
+        t["value"] = eased(step)
+        frames.append(Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, scale=1.2))).convert("RGB"))
+        durations.append(round(1000 * seconds) if step.is_integer() else 60)
     palette = frames[-1].quantize(128)
     first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)

@@ -187,7 +187,7 @@ def head_heat_map(heads: alt.Data = HEADS) -> alt.LayerChart:
         .mark_rect(style="frame")
         .encode(
             x=alt.value(0),
-            x2=alt.value(alt.ExprRef("width")),
+            x2=alt.value("width"),
             y=alt.value(alt.ExprRef(f"t * {row}")),
             y2=alt.value(alt.ExprRef(f"(t + 1) * {row}")),
         )
@@ -260,7 +260,7 @@ def candidate_bars(candidates: alt.Data = CANDIDATES) -> alt.LayerChart:
         bars.mark_bar(style="bar", cornerRadiusEnd=3),
         bars.mark_bar(style="chosen", cornerRadiusEnd=3).encode(opacity=opacity),
         labels.mark_text(style="label", align="left", dy=-17, limit=200).encode(x=alt.value(0), text="token:N"),
-        labels.mark_text(style="muted", align="right", dy=-17).encode(x=alt.value(alt.ExprRef("width")), text="p:N"),
+        labels.mark_text(style="muted", align="right", dy=-17).encode(x=alt.value("width"), text="p:N"),
     )
 
 
