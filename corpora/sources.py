@@ -81,6 +81,18 @@ def load_patterns(split: str, config: Config) -> Dataset:
     return dataset_of(pattern_pairs(split))
 
 
+def gold_pairs(config: Config) -> list[Pair]:
+    """Pairs with gold word alignments of a run's corpus, if it is embedded, otherwise none.
+
+    Test pairs of the toy corpus; all pairs of the patterns, those of test and validation first.
+    """
+    if config.datasource == "toy":
+        return list(toy_pairs(config.lang_src, config.lang_tgt, "test"))
+    if config.datasource == "patterns":
+        return [pair for split in ("test", "validation", "train") for pair in pattern_pairs(split)]
+    return []
+
+
 def dataset_of(pairs: Iterable[Pair]) -> Dataset:
     from datasets import Dataset  # imported here because it takes a second
 
