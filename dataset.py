@@ -3,6 +3,8 @@
 B  batch (sentences)    S  source length in tokens    T  target length in tokens
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -13,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,6 +33,9 @@ from model import causal_mask
 from runs.checkpoint import write_atomically
 from runs.folder import RunFolder
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 PAIRS_PER_PROCESS = 100_000  # encoding fewer pairs takes less time than starting a process
 MAX_PROCESSES = 8  # for encoding; each needs a few hundred megabytes
 MAX_TOKENIZER_PAIRS = 1_000_000  # pairs that a tokenizer is trained on; more would only take longer
@@ -42,7 +47,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # tokens of a BPE tokenizer 
 # ---------------------------------------------------------------------------- tokenizers
 
 
-def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -> Tokenizer:
+def get_or_build_tokenizer(config: Config, pairs: Dataset, lang: str) -> Tokenizer:
     """The run's tokenizer for a language: loaded from its folder, or trained on these pairs and saved there.
 
     In a folder without a checkpoint an existing tokenizer is ignored, because it may belong to another corpus. With
@@ -63,7 +68,7 @@ def get_or_build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -
     return tokenizer
 
 
-def build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -> Tokenizer:
+def build_tokenizer(config: Config, pairs: Dataset, lang: str) -> Tokenizer:
     """A tokenizer trained on one side of the pairs, or on both if the vocabulary is shared."""
     side = "src" if lang == config.lang_src else "tgt"
     sides = ["src", "tgt"] if config.shared_vocab else [side]
@@ -75,7 +80,7 @@ def build_tokenizer(config: Config, pairs: datasets.Dataset, lang: str) -> Token
     return tokenizer
 
 
-def sample(pairs: datasets.Dataset, chunk: int = 1_000) -> Iterator[dict]:
+def sample(pairs: Dataset, chunk: int = 1_000) -> Iterator[dict]:
     """All pairs in chunks, or MAX_TOKENIZER_PAIRS of them in evenly spaced chunks."""
     chunks = -(-min(len(pairs), MAX_TOKENIZER_PAIRS) // chunk)
     for i in range(chunks):
@@ -199,13 +204,15 @@ class BilingualDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        pairs: datasets.Dataset,
+        pairs: Dataset,
         tokenizer_src: Tokenizer,
         tokenizer_tgt: Tokenizer,
         seq_len: int,
         bpe_dropout: float = 0.0,
         seed: int = 0,
     ):
+        from datasets import Features, List, Value
+
         self.seq_len, self.seed, self.epoch = seq_len, seed, 0
         self.segmenters = [BPEDropout(t, bpe_dropout) for t in (tokenizer_src, tokenizer_tgt)] if bpe_dropout else None
         self.skipped_blank = count_blank(pairs)
@@ -219,9 +226,7 @@ class BilingualDataset(torch.utils.data.Dataset):
                 "seq_len": seq_len,
                 "version": DATA_VERSION,
             },
-            features=datasets.Features(
-                pairs.features | {side: datasets.List(datasets.Value("int32")) for side in ("src_ids", "tgt_ids")}
-            ),
+            features=Features(pairs.features | {side: List(Value("int32")) for side in ("src_ids", "tgt_ids")}),
             num_proc=processes if processes > 1 else None,
             desc="Encoding pairs",
         ).with_format("arrow")
@@ -294,7 +299,7 @@ def encode_pairs(batch: dict, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer
     return {name: [value for value, kept in zip(values, keep, strict=True) if kept] for name, values in columns.items()}
 
 
-def count_blank(pairs: datasets.Dataset) -> int:
+def count_blank(pairs: Dataset) -> int:
     """The number of pairs with a blank side."""
     total = 0
     for batch in pairs.with_format("arrow").iter(batch_size=10_000):
@@ -348,7 +353,7 @@ class Batches:
     pairs; one pool at a time is sorted by length and divided into batches, which are then shuffled.
     """
 
-    def __init__(self, dataset: "BilingualDataset", config: Config, epoch: int | None):
+    def __init__(self, dataset: BilingualDataset, config: Config, epoch: int | None):
         self.dataset, self.config, self.epoch = dataset, config, epoch
         blocks = np.arange(-(-len(dataset) // BLOCK))
         if epoch is not None:
@@ -428,7 +433,7 @@ def get_ds(config: Config) -> tuple[BilingualDataset, BilingualDataset, Tokenize
 
 
 def encode_splits(
-    config: Config, train_pairs: datasets.Dataset, validation_pairs: datasets.Dataset
+    config: Config, train_pairs: Dataset, validation_pairs: Dataset
 ) -> tuple[BilingualDataset, BilingualDataset, Tokenizer, Tokenizer]:
     """`get_ds` for pairs that are already loaded. Tokenizers are trained on the training pairs only, after cleaning."""
     train_pairs, removed = clean(train_pairs, config.max_length_ratio, config.drop_duplicates)

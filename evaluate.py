@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 
 import sacrebleu
 import tyro
-from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from corpora.files import check_aligned, read_text_file
 from corpora.sources import load_split
@@ -28,6 +27,8 @@ def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13
     bleu and chrf are sacreBLEU's; cer and wer are the character and word error rates in percent; exact is the
     percentage of translations that are identical to their reference.
     """
+    from torchmetrics.functional.text import char_error_rate, word_error_rate  # imported here because it takes a second
+
     return {
         # `force` silences the warning about tokenized text, which is expected with the tokenizer "none".
         "bleu": sacrebleu.corpus_bleu(

@@ -5,6 +5,8 @@ preparation of a run. The loss of a step is the sum over all target tokens of it
 that neither padding nor batch sizes change the weight of a token.
 """
 
+from __future__ import annotations
+
 # config comes first: it makes Ctrl-C quiet during the imports below
 from config import INHERITED_FIELDS, PRESETS, Config, InputError, counted, get_config, parse, run_command
 
@@ -19,11 +21,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -52,6 +53,9 @@ from training.resume import ResumePoint, check_same_data, find_resume_point
 from training.signals import StopSignal, starting_workers
 from training.state import Progress, TrainingState
 from translate import Translator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 LOG_EVERY = 10  # optimizer steps per point of the training curves
 
@@ -531,6 +535,8 @@ def parse_config(argv: list[str]) -> Config:
 def main(argv: list[str]) -> None:
     config = parse_config(argv)
     if not shows_bars():
+        from datasets import disable_progress_bars
+
         disable_progress_bars()
     state = train_model(config)
     folder = RunFolder.of(config)

@@ -1,11 +1,15 @@
 """Cleaning of the training pairs: exact duplicates, and pairs whose sides differ too much in length."""
 
-import hashlib
-from typing import NamedTuple
+from __future__ import annotations
 
-import datasets
+import hashlib
+from typing import TYPE_CHECKING, NamedTuple
+
 import numpy as np
 import pyarrow.compute as pc
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PAIRS_AT_A_TIME = 10_000
 
@@ -17,9 +21,7 @@ class Removed(NamedTuple):
     length_ratio: int = 0
 
 
-def clean(
-    pairs: datasets.Dataset, max_length_ratio: float = 0.0, drop_duplicates: bool = False
-) -> tuple[datasets.Dataset, Removed]:
+def clean(pairs: Dataset, max_length_ratio: float = 0.0, drop_duplicates: bool = False) -> tuple[Dataset, Removed]:
     """The pairs that remain, in the same order, and how many were removed.
 
     With `drop_duplicates`, the first of several equal pairs remains. With `max_length_ratio` above 0, the longer side
@@ -35,7 +37,7 @@ def clean(
     return pairs.select(np.flatnonzero(keep)), Removed(duplicates, int((~keep).sum()) - duplicates)
 
 
-def first_occurrences(pairs: datasets.Dataset) -> np.ndarray:
+def first_occurrences(pairs: Dataset) -> np.ndarray:
     """True for the pairs that equal no earlier one, by 64-bit hashes; (pairs,)."""
     hashes = np.empty(len(pairs), dtype=np.uint64)
     start = 0
@@ -50,7 +52,7 @@ def first_occurrences(pairs: datasets.Dataset) -> np.ndarray:
     return is_first
 
 
-def length_ratios(pairs: datasets.Dataset) -> np.ndarray:
+def length_ratios(pairs: Dataset) -> np.ndarray:
     """Characters of the longer side divided by those of the shorter one, 0 if a side is blank; (pairs,)."""
     ratios = [np.empty(0)]
     for batch in pairs.with_format("arrow").iter(PAIRS_AT_A_TIME):

@@ -4,6 +4,8 @@ Each reader is a generator of one dictionary per pair, {"en": …, "it": …} or
 are streamed. Text formats may be compressed with gzip.
 """
 
+from __future__ import annotations
+
 import csv
 import gzip
 import json
@@ -12,14 +14,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 from xml.parsers import expat
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from config import Config, InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 DATA_VERSION = 1  # increment when reading or encoding changes: the cache of `datasets` does not detect code changes
 PARQUET_ROWS = 1_000  # rows read at a time
@@ -39,7 +43,7 @@ def format_of(path: str) -> str:
 # ---------------------------------------------------------------------------- files to pairs
 
 
-def load_file(path: Path, config: Config) -> datasets.Dataset:
+def load_file(path: Path, config: Config) -> Dataset:
     """The pairs of a file in one of FORMATS."""
     if not path.is_file():
         raise InputError(f"no file {path}; give the path of a corpus, or --datasource toy")
@@ -52,7 +56,7 @@ def text_file(prefix: str, lang: str) -> Path:
     return compressed if compressed.exists() and not plain.exists() else plain
 
 
-def load_aligned(prefix: str, config: Config) -> datasets.Dataset:
+def load_aligned(prefix: str, config: Config) -> Dataset:
     """The pairs of two text files with one sentence per line, such as PREFIX.en and PREFIX.it."""
     paths = [text_file(prefix, lang) for lang in (config.lang_src, config.lang_tgt)]
     check_aligned(paths)
@@ -77,11 +81,13 @@ def check_aligned(paths: list[Path]) -> None:
         )
 
 
-def load_cached(read: Callable[..., Iterator[dict]], paths: list[Path], config: Config) -> datasets.Dataset:
+def load_cached(read: Callable[..., Iterator[dict]], paths: list[Path], config: Config) -> Dataset:
     """Streams the pairs that `read` yields into an Arrow file in the cache of `datasets`.
 
     A file is read again only if its path, size or modification time has changed.
     """
+    import datasets  # imported here because it takes a second
+
     # A tuple, because `datasets` treats a list as shards.
     files = tuple((os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     arguments = {"files": files, "languages": (config.lang_src, config.lang_tgt), "version": DATA_VERSION}

@@ -4,21 +4,24 @@
 chooses the source for training, validation or test, and splits it where needed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from huggingface_hub import HfApi
-from huggingface_hub import constants as hub_constants
 
 from config import Config, InputError, split_source
 from corpora.files import FORMATS, format_of, load_aligned, load_file, text_file, text_of
 from corpora.patterns import SPLITS, pattern_pairs
 from corpora.toy import LANGUAGES, SPLIT_SIZES, Pair, toy_pairs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 HUB_TIMEOUT = 10  # seconds
 MAX_VALIDATION_PAIRS = 10_000  # maximum number of pairs split off for validation
@@ -26,7 +29,7 @@ VALIDATION_BLOCKS = 100  # number of blocks of consecutive pairs in the validati
 COMPARED_PAIRS = 10_000  # training pairs compared with the validation set at a time
 
 
-def load_pairs(source: str, config: Config) -> datasets.Dataset:
+def load_pairs(source: str, config: Config) -> Dataset:
     """All sentence pairs of a source (see `Config`), unfiltered, as the memory-mapped columns `src` and `tgt`.
 
     Raises InputError if the source does not exist or cannot be read.
@@ -59,7 +62,7 @@ def load_pairs(source: str, config: Config) -> datasets.Dataset:
 # ---------------------------------------------------------------------------- embedded corpora
 
 
-def load_toy(split: str, config: Config) -> datasets.Dataset:
+def load_toy(split: str, config: Config) -> Dataset:
     """A split of the toy corpus. Raises InputError for a language or split that it does not have."""
     for lang in (config.lang_src, config.lang_tgt):
         if lang not in LANGUAGES:
@@ -69,7 +72,7 @@ def load_toy(split: str, config: Config) -> datasets.Dataset:
     return dataset_of(toy_pairs(config.lang_src, config.lang_tgt, split))
 
 
-def load_patterns(split: str, config: Config) -> datasets.Dataset:
+def load_patterns(split: str, config: Config) -> Dataset:
     """A split of the corpus of three patterns. Raises InputError for a language or split that it does not have."""
     if (config.lang_src, config.lang_tgt) != ("en", "de"):
         raise InputError(f"the patterns corpus is en to de, not {config.lang_src} to {config.lang_tgt}")
@@ -78,18 +81,35 @@ def load_patterns(split: str, config: Config) -> datasets.Dataset:
     return dataset_of(pattern_pairs(split))
 
 
-def dataset_of(pairs: Iterable[Pair]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"src": [p.src_text for p in pairs], "tgt": [p.tgt_text for p in pairs]})
+def gold_pairs(config: Config) -> list[Pair]:
+    """Pairs with gold word alignments of a run's corpus, if it is embedded, otherwise none.
+
+    Test pairs of the toy corpus; all pairs of the patterns, those of test and validation first.
+    """
+    if config.datasource == "toy":
+        return list(toy_pairs(config.lang_src, config.lang_tgt, "test"))
+    if config.datasource == "patterns":
+        return [pair for split in ("test", "validation", "train") for pair in pattern_pairs(split)]
+    return []
+
+
+def dataset_of(pairs: Iterable[Pair]) -> Dataset:
+    from datasets import Dataset  # imported here because it takes a second
+
+    return Dataset.from_dict({"src": [p.src_text for p in pairs], "tgt": [p.tgt_text for p in pairs]})
 
 
 # ---------------------------------------------------------------------------- the Hugging Face Hub
 
 
-def load_hub(name: str, split: str, config: Config) -> datasets.Dataset:
+def load_hub(name: str, split: str, config: Config) -> Dataset:
     """A Hub dataset, or a local folder in the same layout, with a `translation` column or one column per language."""
+    import datasets
+    from huggingface_hub import constants
+
     is_local = Path(name).is_dir()
     if not is_local and not hub_has(name):
-        hub_constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # use only copies in the cache
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # use only copies in the cache
     try:
         subset = hub_subset(name, config)
         rows = datasets.load_dataset(name, subset, split=split)
@@ -121,6 +141,8 @@ def load_hub(name: str, split: str, config: Config) -> datasets.Dataset:
 
 def hub_has(name: str) -> bool:
     """Whether the Hub can be reached and has this dataset. `load_dataset` itself would retry for half a minute."""
+    from huggingface_hub import HfApi
+
     try:
         HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
     except Exception:  # no network, no such dataset, no access: the error classes differ between versions
@@ -133,7 +155,9 @@ def hub_subset(name: str, config: Config) -> str:
 
     Raises InputError if there are several subsets and none is for the pair.
     """
-    subsets = datasets.get_dataset_config_names(name)
+    from datasets import get_dataset_config_names
+
+    subsets = get_dataset_config_names(name)
     wanted = [f"{config.lang_src}-{config.lang_tgt}", f"{config.lang_tgt}-{config.lang_src}"]
     for subset in wanted:
         if subset in subsets:
@@ -146,7 +170,7 @@ def hub_subset(name: str, config: Config) -> str:
 # ---------------------------------------------------------------------------- training, validation and test
 
 
-def load_split(config: Config, split: str) -> datasets.Dataset:
+def load_split(config: Config, split: str) -> Dataset:
     """The pairs of the split `train`, `validation` or `test`.
 
     Without a validation source, a random part of the training source is split off. It depends only on the seed, the
@@ -176,19 +200,21 @@ def load_split(config: Config, split: str) -> datasets.Dataset:
     return pairs.select(np.sort(order[:count] if split == "validation" else order[count:]))
 
 
-def split_in_blocks(pairs: datasets.Dataset, rng: np.random.Generator, split: str) -> datasets.Dataset:
+def split_in_blocks(pairs: Dataset, rng: np.random.Generator, split: str) -> Dataset:
     """Splits a large corpus: VALIDATION_BLOCKS random blocks of consecutive pairs are for validation.
 
     Both parts are then slices of the corpus, and neither needs a list of all its rows.
     """
+    from datasets import concatenate_datasets
+
     block = MAX_VALIDATION_PAIRS // VALIDATION_BLOCKS  # pairs per block
     starts = np.sort(rng.choice(len(pairs) // block, VALIDATION_BLOCKS, replace=False)) * block
     ends = [0, *(end for start in starts.tolist() for end in (start, start + block)), len(pairs)]
     slices = list(pairwise(ends))[1::2] if split == "validation" else list(pairwise(ends))[::2]
-    return datasets.concatenate_datasets([pairs.select(range(*part)) for part in slices if part[0] < part[1]])
+    return concatenate_datasets([pairs.select(range(*part)) for part in slices if part[0] < part[1]])
 
 
-def count_shared(train: datasets.Dataset, validation: datasets.Dataset) -> int:
+def count_shared(train: Dataset, validation: Dataset) -> int:
     """The number of distinct validation pairs that also occur in the training set and inflate validation scores."""
     validation_pairs = set(zip(validation["src"], validation["tgt"], strict=True))
     sources = pa.array({src for src, _ in validation_pairs})

@@ -14,9 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import InputError
-from corpora.patterns import pattern_pairs
-from corpora.sources import load_split
-from corpora.toy import Pair, tokens_of, toy_pairs
+from corpora.sources import gold_pairs, load_split
+from corpora.toy import Pair, tokens_of
 from dataset import EOS
 from interpret.measures import alignment_errors
 from interpret.steps import step_logits
@@ -266,11 +265,8 @@ def measure_findings(translator: Translator, sentences: int = 200) -> pd.DataFra
     Raises InputError unless the run was trained on an embedded corpus, whose alignments are known.
     """
     config = translator.config
-    if config.datasource == "toy":
-        pairs = list(toy_pairs(config.lang_src, config.lang_tgt, "test"))
-    elif config.datasource == "patterns":
-        pairs = [pair for split in ("test", "validation", "train") for pair in pattern_pairs(split)]
-    else:
+    pairs = gold_pairs(config)
+    if not pairs:
         raise InputError(
             f"the run in {translator.folder} was trained on {config.datasource}; the findings need a corpus with "
             "alignments, toy or patterns"

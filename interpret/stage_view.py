@@ -14,8 +14,7 @@ import pandas as pd
 import vl_convert
 
 from config import InputError
-from corpora.sources import load_split
-from corpora.toy import toy_pairs
+from corpora.sources import gold_pairs, load_split
 from interpret import stage_charts
 from interpret.live import Comparison, Scene, changed, changed_tokens, gradient_times_input, inside_head, mixed_heads
 from interpret.measures import scorecard, weights_table
@@ -46,12 +45,8 @@ class LoadedRun:
         Raises InputError for a run that cannot be loaded.
         """
         translator = Translator.load(path, "cpu", weights)
-        config, gold = translator.config, None
-        if config.datasource == "toy":
-            gold = toy_pairs(config.lang_src, config.lang_tgt, "test")[:SCORECARD_PAIRS]
-            pairs = [(pair.src_text, pair.tgt_text) for pair in gold]
-        else:
-            pairs = first_pairs(translator)
+        gold = gold_pairs(translator.config)[:SCORECARD_PAIRS]
+        pairs = [(pair.src_text, pair.tgt_text) for pair in gold] or first_pairs(translator)
         return cls(translator, scorecard(translator, pairs, gold), list(dict.fromkeys(s for s, _ in pairs))[:EXAMPLES])
 
     @property

@@ -28,7 +28,6 @@ from pathlib import Path
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from config import INVOCATION_FIELDS, Config, InputError, reject_unknown, split_source
@@ -80,6 +79,8 @@ class RunFolder:
         if is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
             return cls(name)
         try:
+            from huggingface_hub import snapshot_download  # imported here because it takes half a second
+
             return cls(snapshot_download(str(name), allow_patterns=[WEIGHTS_FILE, "*.json"]))
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]

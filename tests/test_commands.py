@@ -26,6 +26,8 @@ CONSOLES = {
     "C locale": {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
 }
 
+SLOW_PACKAGES = ["datasets", "huggingface_hub", "tensorboard", "altair", "pandas", "torchmetrics", "streamlit"]
+
 
 def run_python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs code in a new process, in the folder of the project."""
@@ -147,6 +149,32 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(script, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == b""
     assert process.returncode == -signal.SIGINT
+
+
+# ---------------------------------------------------------------------------- packages that are slow to import
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train", "translate", "evaluate", "export", "convert"])
+def test_help_imports_no_slow_package(script):
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}.py", "--help"]
+try:
+    runpy.run_path("{script}.py", run_name="__main__")
+except SystemExit:
+    print(*set({SLOW_PACKAGES}) & set(sys.modules), file=sys.stderr)
+"""
+    assert run_python(code).stderr.strip() == b""
+
+
+def test_translating_imports_no_slow_package(trained_run):
+    code = f"""
+import sys, translate
+translate.main("I can eat an apple.", run_dir={str(trained_run)!r})
+print(*set({SLOW_PACKAGES}) & set(sys.modules), file=sys.stderr)
+"""
+    assert run_python(code).stderr.strip() == b""
 
 
 # ---------------------------------------------------------------------------- optional packages

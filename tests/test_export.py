@@ -92,7 +92,7 @@ def test_safetensors_load_from_a_folder_or_from_the_hub(trained_run, translator,
     weights = Translator.load(folder, "cpu").model.state_dict()
     assert all(torch.equal(w, weights[name]) for name, w in translator.model.state_dict().items())
     requested = []
-    monkeypatch.setattr("runs.folder.snapshot_download", lambda name, **_: requested.append(name) or str(folder))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: requested.append(name) or str(folder))
     monkeypatch.chdir(tmp_path)
     assert Translator.load("somebody/something", "cpu").translate(sentences) == translator.translate(sentences)
     assert requested == ["somebody/something"]

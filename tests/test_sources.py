@@ -270,3 +270,14 @@ def test_too_few_pairs_to_split_off_validation(tmp_path):
     (tmp_path / "a.tsv").write_text("one\tuno\n" * 5)
     with pytest.raises(InputError, match="5 pairs are too few"):
         load_split(get_config("toy", datasource=str(tmp_path / "a.tsv"), validation_source=""), "train")
+
+
+def test_the_gold_pairs_of_an_embedded_corpus_are_its_test_pairs_and_others_have_none():
+    for name, lang_tgt in (("toy", "it"), ("patterns", "de")):
+        config = get_config("toy", datasource=name, lang_tgt=lang_tgt)
+        test = sources.load_pairs(f"{name}:test", config)
+        gold = sources.gold_pairs(config)
+        assert [pair.src_text for pair in gold[: len(test)]] == test["src"][:]
+        assert len(gold) >= 200
+        assert all(pair.alignment for pair in gold)
+    assert sources.gold_pairs(get_config()) == []

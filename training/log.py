@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from compute import distributed
@@ -32,6 +31,8 @@ class TrainingLog:
 
     def __init__(self, folder: RunFolder, step: int, scaler: LossScaler | None = None):
         """Continues the curves after this step; later points of an interrupted run are hidden."""
+        from torch.utils.tensorboard import SummaryWriter  # imported here because it takes a second
+
         is_first, self.scaler = distributed.is_first(), scaler
         self.writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1) if is_first else None
         self.unchecked: list[tuple[int, StepReport]] = []
