@@ -348,7 +348,7 @@ def save_gif(trace: AttentionTrace, path: str | Path, seconds: float = 1.0, betw
         t["value"] = eased(step)
         frames.append(Image.open(io.BytesIO(vl_convert.vega_to_png(vega, scale=1.2))).convert("RGB"))
         durations.append(round(1000 * seconds) if step.is_integer() else 60)
-    palette = frames[-1].quantize(128)
+    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE)
     first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
 
