@@ -25,5 +25,7 @@ def sentence_box(translator: Translator, sentence: str, show: Callable[[str], ob
         print(shown) if isinstance(shown, str) else display(shown)
 
     layout = ipywidgets.Layout(width="min(100%, 700px)")
-    text = ipywidgets.Text(sentence, continuous_update=False, placeholder="Type a sentence and press Enter", layout=layout)
+    text = ipywidgets.Text(
+        sentence, continuous_update=False, placeholder="Type a sentence and press Enter", layout=layout
+    )
     return ipywidgets.VBox([text, ipywidgets.interactive_output(update, {"sentence": text})])

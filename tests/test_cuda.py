@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import train
 from compute.device import choose_precision, get_device
 from config import Config
 from experiments import compare, head_importance, step_table
+from interpret.interventions import fixed_pattern, intervene
 from interpret.trace import record_trace
 from runs.checkpoint import load_checkpoint
 from search import CHECK_EVERY
@@ -120,6 +122,9 @@ def test_recording_and_experiments_find_the_same_as_on_a_cpu(gpu_translator, sma
     tables = [compare(translator, sentence) for translator in (on_gpu, on_cpu)]
     assert tables[0].change.tolist() == pytest.approx(tables[1].change.tolist(), abs=1e-4)
     head_importance(on_gpu, [sentence], ["mangio una mela"])
+    pattern = partial(fixed_pattern, weights=torch.from_numpy(traces[0].weights["cross"][0, 0]))
+    with intervene(on_gpu.model, pattern, "cross", heads=[0]):
+        on_gpu.translate([sentence])
     assert not [wait for wait in gpu.waits if "index on the CPU" in wait]
 
 
