@@ -311,7 +311,7 @@ def importance_heat_map(importance: pd.DataFrame, value: str = "bleu_drop") -> a
 
 
 SUFFIXES = (".png", ".svg")
-VEGA_LITE_5 = "https://vega.github.io/schema/vega-lite/v5.20.1.json"
+VEGA_LITE_5 = "https://vega.github.io/schema/vega-lite/v5.json"
 
 
 def picture(
@@ -377,8 +377,9 @@ def show_in_notebooks() -> None:
 def render_vega_and_png(spec: dict, **_) -> dict:
     """The output of a notebook cell: the Vega-Lite specification and a PNG. No HTML, which viewers would prefer.
 
-    JupyterLab renders Vega-Lite 5 and warns about a schema of version 6. The charts are valid in both versions, so
-    the specification names version 5. The PNG has a palette of 128 colors, which is a fifth of the size of true color.
+    JupyterLab renders Vega-Lite 5.6 and warns about the schema of a later version. The charts are valid in versions 5
+    and 6, so the specification names version 5. The PNG has a palette of 128 colors, which is a fifth of the size of
+    true color.
     """
     title = spec.get("title", "chart")
     png = vl_convert.vegalite_to_png(spec, ppi=96)

@@ -1,4 +1,4 @@
-"""The toy runs in pretrained/ translate well, hold no traces of the machine that made them, and come after one's own."""
+"""The toy runs in pretrained/ translate well, name no place of the machine that made them, and come after one's own."""
 
 import json
 import runpy

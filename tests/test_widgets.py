@@ -1,5 +1,7 @@
 """The text box of the notebooks shows a result for what is typed, and nothing that is typed becomes HTML."""
 
+import re
+
 import nbformat
 import pytest
 from conftest import ROOT
@@ -17,20 +19,25 @@ def translator() -> Translator:
     return Translator.load(RUN, "cpu")
 
 
+def lines_of(capsys) -> list[str]:
+    """What was printed, without the codes that clear what was there before."""
+    return re.sub(r"\x1b\[2K|\r", "", capsys.readouterr().out).splitlines()
+
+
 def test_the_box_translates_what_is_typed_and_lists_unknown_words(translator, capsys):
     box = sentence_box(translator, "She sleeps.", lambda sentence: translator.translate([sentence])[0])
-    assert capsys.readouterr().out == "Dorme.\n"
+    assert lines_of(capsys) == ["Dorme."]
     box.children[0].value = "The zebra sleeps."
-    warning, translation = capsys.readouterr().out.splitlines()
+    warning, translation = lines_of(capsys)
     assert warning == "not in the vocabulary of this run: zebra"
     assert translation.endswith("dorme.")
 
 
 def test_a_sentence_that_is_too_long_is_answered_with_one_line(translator, capsys):
     box = sentence_box(translator, "", lambda sentence: translator.translate([sentence])[0])
-    capsys.readouterr()
+    lines_of(capsys)
     box.children[0].value = "we sleep " * 100
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = lines_of(capsys)
     assert "exceeds the limit of 64 (seq_len)" in line
 
 
