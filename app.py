@@ -193,14 +193,14 @@ def choose_run() -> tuple[LoadedRun, tuple, st.delta_generator.DeltaGenerator]:
 
     Raises InputError if there is no run, or it cannot be loaded.
     """
-    runs = {str(run): run for run in RunFolder.trained()}
+    runs = {str(run): run for run in [*RunFolder.trained(), *RunFolder.pretrained()]}
     if not runs:
         raise InputError("no trained run in weights/; train one first: python train.py --preset toy")
     if st.session_state.stage.run not in runs:
         update(run=next(iter(runs)))
     folder = runs[st.session_state.stage.run]
     epochs = [str(int(path.stem.rpartition("_")[2])) for path in folder.epoch_checkpoints()]
-    weights = ["best", "latest", *epochs]
+    weights = ["best"] if folder.exported_weights.is_file() else ["best", "latest", *epochs]
     if st.session_state.stage.weights not in weights:
         update(weights="best")
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):

@@ -19,7 +19,7 @@ import tyro
 from corpora.files import check_aligned, read_text_file
 from corpora.sources import load_split
 from runs.files import output_file
-from translate import Translator, blank_long, check_search
+from translate import Runs, Weights, blank_long, check_search, load_translators, repeat_run_dir
 
 
 def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13a") -> dict[str, float]:
@@ -56,14 +56,14 @@ def format_scores(scores: dict[str, float]) -> str:
 
 
 def main(
-    run_dir: str = "",
+    run_dir: Runs = (),
     split: Literal["validation", "test"] = "validation",
     source: str = "",
     reference: str = "",
     output: str = "",
     beam_size: int = 1,
     length_penalty: float = 0.6,
-    weights: str = "best",
+    weights: Weights = (),
     average: int = 1,
     bleu_tokenizer: Literal["13a", "none", "intl", "char", "zh"] = "13a",
     device: str = "auto",
@@ -75,14 +75,15 @@ def main(
     Sentences longer than the run's seq_len are scored as blank translations.
 
     Args:
-        run_dir: folder of the run; empty: the most recently trained run
+        run_dir: folder of the run, by default the most recently trained one; several (--run-dir A B C) are an ensemble,
+            which averages their probabilities
         split: split of the run's corpus to translate
         source: text file to translate instead of a split, one sentence per line
         reference: text file with the reference translations
         output: text file for the translations, one per line
         beam_size: hypotheses kept at each step; 1: greedy search
         length_penalty: exponent of the length normalization; 0 favors short translations, higher values longer ones
-        weights: best (on the validation set), latest, or an epoch number
+        weights: best (on the validation set, the default), latest, or an epoch number; repeated: an ensemble of epochs
         average: number of epochs whose weights are averaged, the best or the latest ones
         bleu_tokenizer: tokenizer of sacreBLEU; none for text that is already tokenized
         device: auto, cuda, mps or cpu
@@ -94,7 +95,7 @@ def main(
     check_search(beam_size, length_penalty)
     if output and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise InputError(f"cannot write {output}; give the name of a file in an existing folder")
-    translator = Translator.load(run_dir, device, weights, average, precision)
+    translator = load_translators(run_dir, device, weights, average, precision)
     if source:
         check_aligned([Path(source), Path(reference)])
         sources, references = list(read_text_file(source)), list(read_text_file(reference))
@@ -134,4 +135,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(lambda argv: parse(main, argv))
+    run_command(lambda argv: parse(main, repeat_run_dir(argv)))

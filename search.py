@@ -30,6 +30,21 @@ class StepDecoder(Protocol):
         """Keeps these rows of the B W hypotheses, and these of the B sentences (None: all), in this order."""
 
 
+class EnsembleDecoder:
+    """A StepDecoder whose next-token probabilities are the means of those of several decoders."""
+
+    def __init__(self, decoders: list[StepDecoder]):
+        self.decoders = decoders
+
+    def step(self, ids: Tensor) -> Tensor:
+        log_p = torch.stack([decoder.step(ids).float().log_softmax(-1) for decoder in self.decoders])
+        return log_p.logsumexp(0) - math.log(len(self.decoders))  # (models, B W, V) -> (B W, V)
+
+    def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
+        for decoder in self.decoders:
+            decoder.select(rows, sentences)
+
+
 # ---------------------------------------------------------------------------- greedy search
 
 

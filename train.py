@@ -518,13 +518,6 @@ def report_end(config: Config, folder: RunFolder, state: TrainingState, start_st
 # ---------------------------------------------------------------------------- command line
 
 
-def trained_run(run_dir: str, preset: str = "toy", **overrides) -> str:
-    """Returns `run_dir`, after training the run if it has no checkpoint; for the notebooks."""
-    if not RunFolder(run_dir).checkpoints():
-        train_model(get_config(preset, run_dir=run_dir, **overrides))
-    return run_dir
-
-
 def parse_config(argv: list[str]) -> Config:
     """The config of a command line: that of a preset, or of the run in --run-dir, overridden by the other flags.
 

@@ -14,6 +14,7 @@ from config import INHERITED_FIELDS, Config, InputError, changed_settings, count
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -37,7 +38,7 @@ from dataset import EOS, PAD, SOS, UNK, load_tokenizer, max_characters, padding_
 from model import Transformer, causal_mask, get_model
 from runs.checkpoint import require_parts
 from runs.folder import RunFolder
-from search import Hypothesis, StepDecoder, beam_search, greedy_decode
+from search import EnsembleDecoder, Hypothesis, StepDecoder, beam_search, greedy_decode
 
 MAX_LENGTH_PENALTY = 10  # higher powers of the length overflow in fp32
 
@@ -270,6 +271,80 @@ class Translator:
         return decoder, torch.tensor(limits, device=self.device)
 
 
+class Ensemble(Translator):
+    """Several runs, or epochs of one, that translate together: each token's probability is the mean of theirs.
+
+    They must have the same languages and tokenizers; their architectures may differ.
+    """
+
+    def __init__(self, members: list[Translator]):
+        """Raises InputError for members with other tokenizers than the first."""
+        first = members[0]
+        for member in members[1:]:
+            if vocabularies(member) != vocabularies(first):
+                raise InputError(
+                    f"{member.folder} and {first.folder} have different languages or tokenizers; an ensemble needs "
+                    "runs trained on the same pairs (the same --datasource and --validation-source)"
+                )
+        config = replace(first.config, seq_len=min(member.config.seq_len for member in members))
+        weights = " + ".join(f"{member.folder.path.name}/{member.weights}" for member in members)
+        super().__init__(first.model, config, first.tokenizer_src, first.tokenizer_tgt, weights)
+        self.members, self.precision = members, first.precision
+
+    def decoder_and_limits(self, sources: list[list[int]], use_cache: bool) -> tuple[StepDecoder, Tensor]:
+        decoders, limits = zip(*(member.decoder_and_limits(sources, use_cache) for member in self.members), strict=True)
+        return EnsembleDecoder(decoders), torch.stack(limits).amin(0)
+
+
+def vocabularies(translator: Translator) -> tuple[str, ...]:
+    """What the members of an ensemble have in common: languages and tokenizers."""
+    config, tokenizers = translator.config, (translator.tokenizer_src, translator.tokenizer_tgt)
+    return config.lang_src, config.lang_tgt, *(tokenizer.to_str() for tokenizer in tokenizers)
+
+
+Runs = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Weights = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+
+
+def load_translators(
+    run_dirs: tuple[str, ...],
+    device: str = "auto",
+    weights: tuple[str, ...] = (),
+    average: int = 1,
+    precision: str = "fp32",
+) -> Translator:
+    """One run, or an ensemble of several runs, or of several epochs of one run (`weights`).
+
+    Raises InputError for runs that cannot be loaded, or that do not fit together.
+    """
+    run_dirs, weights = run_dirs or ("",), weights or ("best",)
+    if len(run_dirs) == 1:
+        run_dirs = run_dirs * len(weights)
+    elif len(weights) == 1:
+        weights = weights * len(run_dirs)
+    elif len(run_dirs) != len(weights):
+        raise InputError(f"{len(run_dirs)} runs and {len(weights)} --weights; give as many of each, or one of either")
+    members = [
+        Translator.load(run_dir, device, epoch, average, precision)
+        for run_dir, epoch in zip(run_dirs, weights, strict=True)
+    ]
+    return members[0] if len(members) == 1 else Ensemble(members)
+
+
+def repeat_run_dir(argv: list[str]) -> list[str]:
+    """`--run-dir A B` as `--run-dir A --run-dir B`: a further argument is a run if it is the folder of one."""
+    expanded, before = [], ""  # before: what the previous argument was
+    for argument in argv:
+        if before == "flag":
+            before = "run"
+        elif before == "run" and RunFolder(argument).config_file.is_file():
+            expanded.append("--run-dir")
+        else:
+            before = "flag" if argument == "--run-dir" else ""
+        expanded.append(argument)
+    return expanded
+
+
 def within_memory(sources: list[list[int]]) -> AbstractContextManager:
     """Context in which a GPU's out-of-memory error becomes an InputError with the size of this batch."""
     batch = f"{counted(len(sources), 'sentence')} of up to {max(map(len, sources))} tokens"
@@ -452,12 +527,12 @@ def check_search(beam_size: int, length_penalty: float, n_best: int = 1) -> None
 def main(
     sentence: Annotated[str | None, tyro.conf.Positional] = None,
     /,
-    run_dir: str = "",
+    run_dir: Runs = (),
     beam_size: int = 1,
     length_penalty: float = 0.6,
     n_best: int = 0,
     alignments: bool = False,
-    weights: str = "best",
+    weights: Weights = (),
     average: int = 1,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
@@ -466,13 +541,14 @@ def main(
 
     Args:
         sentence: sentence to translate; if omitted, the lines of stdin are translated to stdout
-        run_dir: folder of the run; empty: the most recently trained run
+        run_dir: folder of the run, by default the most recently trained one; several (--run-dir A B C) are an ensemble,
+            which averages their probabilities
         beam_size: hypotheses kept at each step; 1: greedy search
         length_penalty: exponent of the length normalization; 0 favors short translations, higher values longer ones
         n_best: number of hypotheses printed per sentence, with score and log-probability; 0: the translation only
         alignments: print word alignments instead of translations, in Pharaoh format: 0-1 means that the first source
             word is translated by the second target word; punctuation marks are words
-        weights: best (on the validation set), latest, or an epoch number
+        weights: best (on the validation set, the default), latest, or an epoch number; repeated: an ensemble of epochs
         average: number of epochs whose weights are averaged, the best or the latest ones
         device: auto, cuda, mps or cpu
         precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)
@@ -480,7 +556,9 @@ def main(
     check_search(beam_size, length_penalty, n_best or 1)
     if alignments and n_best:
         raise InputError(f"--alignments is for the best translation only; omit --n-best {n_best}")
-    translator = Translator.load(run_dir, device, weights, average, precision)
+    translator = load_translators(run_dir, device, weights, average, precision)
+    if alignments and isinstance(translator, Ensemble):
+        raise InputError("--alignments needs the attention of one run; give one --run-dir")
     if sentence is not None:
         translator.encode(sentence)  # a sentence that exceeds seq_len is an error here
         if unknown := translator.unknown_words(sentence):
@@ -502,4 +580,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(lambda argv: parse(main, argv))
+    run_command(lambda argv: parse(main, repeat_run_dir(argv)))

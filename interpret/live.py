@@ -98,7 +98,8 @@ def scene_of(translator: Translator, sentence: str, ids: list[int], tree: pd.Dat
 def log_probabilities(translator: Translator, sentence: str, ids: list[int]) -> np.ndarray:
     """(T,) ln p of each token of a translation and of the [EOS] after it, in nats."""
     logits, _ = recorded_pass(translator, translator.encode(sentence), [SOS, *ids])  # (T, V)
-    return logits.log_softmax(-1)[range(len(ids) + 1), [*ids, EOS]].cpu().numpy()
+    written = torch.tensor([*ids, EOS], device=logits.device)
+    return logits.log_softmax(-1).gather(1, written.unsqueeze(1)).squeeze(1).cpu().numpy()
 
 
 class Forced:

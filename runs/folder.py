@@ -35,6 +35,7 @@ from runs.checkpoint import DamagedCheckpoint, load_checkpoint, require_parts, s
 from runs.files import parse_object, read_run_file, write_atomically
 
 WEIGHTS_FOLDER = Path("weights")
+PRETRAINED = (Path("pretrained/toy.en-it"), Path("pretrained/toy.en-de"))  # written by pretrained/make.py
 MODEL_BASENAME = "tmodel_"
 WEIGHTS_ONLY = "_weights"
 WEIGHTS_FILE = "model.safetensors"
@@ -63,7 +64,7 @@ class RunFolder:
 
     @classmethod
     def find(cls, name: str | Path = "") -> "RunFolder":
-        """The run at this path or in the Hugging Face Hub repository NAME/NAME; by default the most recently trained.
+        """The run at this path or in the Hugging Face Hub repository NAME/NAME; by default `most_recent`.
 
         Raises InputError if a repository cannot be downloaded, or if there is no trained run.
         """
@@ -82,10 +83,15 @@ class RunFolder:
 
     @classmethod
     def most_recent(cls) -> "RunFolder":
-        """The most recently trained run under weights/. Raises InputError if there is none."""
-        runs = cls.trained()
-        if not runs:
+        """The most recently trained run under weights/; without one, the first pretrained run, named on stderr.
+
+        Raises InputError if there is neither.
+        """
+        if runs := cls.trained():
+            return runs[0]
+        if not (runs := cls.pretrained()):
             raise InputError("no trained run in weights/; train one first: python train.py --preset toy")
+        print(f"no trained run in weights/; using {runs[0]}, which comes with the project", file=sys.stderr)
         return runs[0]
 
     @classmethod
@@ -94,6 +100,11 @@ class RunFolder:
         runs = [cls(path) for path in WEIGHTS_FOLDER.glob("*") if cls(path).config_file.is_file()]
         runs = [run for run in runs if run.checkpoints()]
         return sorted(runs, key=lambda run: run.checkpoints()[-1].stat().st_mtime, reverse=True)
+
+    @classmethod
+    def pretrained(cls) -> list["RunFolder"]:
+        """The exported toy runs that come with the project. They cannot be trained further (see `check_writable`)."""
+        return [run for run in map(cls, PRETRAINED) if run.exported_weights.is_file()]
 
     # ------------------------------------------------------------------------ files
 

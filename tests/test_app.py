@@ -74,6 +74,18 @@ def test_without_a_run_the_app_says_how_to_train_one(tmp_path, monkeypatch):
     assert "no trained run" in app.error[0].value.replace("\\", "")
 
 
+@pytest.mark.slow
+def test_without_a_trained_run_the_app_offers_the_pretrained_ones(tmp_path, monkeypatch):
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    monkeypatch.chdir(tmp_path)
+    app = AppTest.from_file(ROOT / "app.py", default_timeout=120).run()
+    assert not app.exception
+    assert not app.error
+    runs, weights = app.selectbox[:2]
+    assert runs.options == [str(Path("pretrained/toy.en-it")), str(Path("pretrained/toy.en-de"))]
+    assert weights.options == ["best"]
+
+
 @pytest.fixture
 def app(workplace, monkeypatch) -> AppTest:
     monkeypatch.chdir(workplace)

@@ -166,6 +166,12 @@ def test_04_training_from_scratch_sets_the_whole_run_aside(folder, run):
     assert RunFolder("run").run_id != before["run_id"].decode().strip()
 
 
+def test_06_an_empty_folder_of_the_user_is_kept_after_bad_input(folder, run):
+    (folder / "mine").mkdir()
+    one_error(*run(NEW.replace("--run-dir new", "--run-dir mine/new").replace("pairs.tsv", "none.tsv")))
+    assert list((folder / "mine").iterdir()) == []
+
+
 # ---------------------------------------------------------------------------- code execution, silently wrong results
 
 
@@ -456,6 +462,12 @@ def test_34_a_link_to_itself_is_no_folder_for_an_export(folder, run):
     assert "out already exists; give a new or an empty folder" in one_error(
         *run("export --run-dir run --output-dir out")
     )
+
+
+def test_36_colons_and_upper_case_in_the_name_of_a_file(folder, run):
+    name = "a.TSV" if sys.platform == "win32" else "a:b.TSV"
+    shutil.copy(folder / "pairs.tsv", folder / name)
+    assert run(NEW.replace("pairs.tsv", name))[0] == 0
 
 
 def test_37_a_read_only_file_system_is_not_called_full(tmp_path, monkeypatch):

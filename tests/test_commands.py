@@ -171,7 +171,7 @@ except SystemExit:
 def test_translating_imports_no_slow_package(trained_run):
     code = f"""
 import sys, translate
-translate.main("I can eat an apple.", run_dir={str(trained_run)!r})
+translate.main("I can eat an apple.", run_dir=({str(trained_run)!r},))
 print(*set({SLOW_PACKAGES}) & set(sys.modules), file=sys.stderr)
 """
     assert run_python(code).stderr.strip() == b""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import train
 from compute.device import choose_precision, get_device
 from config import Config
 from experiments import compare, head_importance, step_table
+from interpret.interventions import fixed_pattern, intervene
+from interpret.live import gradient_times_input, inside_head, translate_scene
 from interpret.trace import record_trace
 from runs.checkpoint import load_checkpoint
 from search import CHECK_EVERY
@@ -120,6 +123,16 @@ def test_recording_and_experiments_find_the_same_as_on_a_cpu(gpu_translator, sma
     tables = [compare(translator, sentence) for translator in (on_gpu, on_cpu)]
     assert tables[0].change.tolist() == pytest.approx(tables[1].change.tolist(), abs=1e-4)
     head_importance(on_gpu, [sentence], ["mangio una mela"])
+    pattern = partial(fixed_pattern, weights=torch.from_numpy(traces[0].weights["cross"][0, 0]))
+    with intervene(on_gpu.model, pattern, "cross", heads=[0]):
+        on_gpu.translate([sentence])
+    rows, gradients = [], []
+    for translator in (on_gpu, on_cpu):
+        scene = translate_scene(translator, sentence)
+        rows.append(inside_head(translator, scene, sentence, "cross", layer=0, head=0, row=1)["contribution"].tolist())
+        gradients.append(gradient_times_input(translator, scene, sentence, step=1)[0].tolist())
+    assert rows[0] == pytest.approx(rows[1], abs=1e-5)
+    assert gradients[0] == pytest.approx(gradients[1], abs=1e-5)
     assert not [wait for wait in gpu.waits if "index on the CPU" in wait]
 
 

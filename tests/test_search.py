@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dataset import EOS, PAD, SOS, padding_mask
 from model import causal_mask
-from search import Hypothesis, beam_search, greedy_decode, length_normalizer
+from search import EnsembleDecoder, Hypothesis, beam_search, greedy_decode, length_normalizer
 from translate import CachedDecoder, UncachedDecoder
 
 
@@ -98,6 +98,20 @@ def test_a_beam_as_large_as_the_search_space_finds_the_best_hypotheses(seed, len
     assert [h.ids for h in found] == [h.ids for h in expected[:10]]
     for a, b in zip(found, expected, strict=False):
         assert (a.log_probability, a.score) == pytest.approx((b.log_probability, b.score), abs=1e-5)
+
+
+def test_an_ensemble_searches_with_the_mean_of_the_probabilities_of_its_members():
+    members = [MarkovDecoder(5, seed) for seed in range(3)]
+    mean = MarkovDecoder(5, 0)
+    mean.log_p = torch.stack([decoder.log_p.exp() for decoder in members]).mean(0).log()
+    expected = all_hypotheses(mean, 4, 0.6)
+    (found,) = beam_search(EnsembleDecoder(members), torch.tensor([4]), len(expected), 0.6, n_best=10)
+    assert [h.ids for h in found] == [h.ids for h in expected[:10]]
+    assert found[0].log_probability == pytest.approx(expected[0].log_probability, abs=1e-5)
+    limits = torch.tensor([9, 12, 4])
+    members = [MarkovDecoder(5, seed) for seed in range(3)]
+    mean.steps = 0
+    assert greedy_decode(EnsembleDecoder(members), limits) == greedy_decode(mean, limits)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -14,7 +14,7 @@ from dataset import EOS, SOS, padding_mask
 from model import causal_mask
 from runs.folder import RunFolder
 from search import greedy_decode
-from translate import CachedDecoder, Translator, translate, translate_lines
+from translate import CachedDecoder, Translator, load_translators, repeat_run_dir, translate, translate_lines
 
 SENTENCES = [
     "I can eat an apple.",
@@ -117,6 +117,46 @@ def test_unknown_words_and_too_long_sentences_are_reported(translator, capsys):
     lines = list(translate_lines(translator, iter(["She sleeps.", too_long, "He sleeps."]), chunk=2))
     assert (lines[0] != "", lines[1], lines[2] != "") == (True, "", True)
     assert "line 2 is left blank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_an_ensemble_of_equal_runs_translates_like_one_of_them(trained_run, translator, beam_size):
+    ensemble = load_translators((str(trained_run),) * 3, "cpu")
+    assert ensemble.translate(SENTENCES, beam_size) == translator.translate(SENTENCES, beam_size)
+    assert ensemble.weights == " + ".join([f"{trained_run.name}/{translator.weights}"] * 3)
+
+
+def test_an_ensemble_differs_from_its_members_and_may_consist_of_epochs_of_one_run(trained_run, translator):
+    ensemble = load_translators((str(trained_run),), "cpu", ("0", "best"))
+    torch.manual_seed(0)
+    for weight in ensemble.members[1].model.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    encoded = [translator.encode(SENTENCES[0])]
+    log_p = [
+        t.beam_search(encoded, 2)[0][0].log_probability for t in (translator, ensemble.members[1], ensemble)
+    ]  # of the best hypothesis, which all three agree on
+    assert min(log_p[:2]) < log_p[2] < max(log_p[:2])
+
+
+def test_runs_that_do_not_fit_together_are_no_ensemble(trained_run, german_run):
+    with pytest.raises(InputError, match="different languages or tokenizers"):
+        load_translators((str(trained_run), str(german_run)), "cpu")
+    with pytest.raises(InputError, match="2 runs and 3 --weights"):
+        load_translators((str(trained_run),) * 2, "cpu", ("best", "latest", "0"))
+
+
+def test_several_runs_after_one_flag_are_told_from_a_sentence(trained_run):
+    run = str(trained_run)
+    flags = ["--run-dir", run, "--run-dir", run]
+    assert repeat_run_dir(["--run-dir", run, run, "I sleep."]) == [*flags, "I sleep."]
+    assert repeat_run_dir(["I sleep.", "--run-dir", run, run, "--beam-size", "5"]) == [
+        "I sleep.",
+        *flags,
+        "--beam-size",
+        "5",
+    ]
+    assert repeat_run_dir(["--run-dir", "missing", run]) == ["--run-dir", "missing", "--run-dir", run]
+    assert repeat_run_dir(["--weights", "3", run]) == ["--weights", "3", run]
 
 
 def test_an_unknown_or_missing_device_is_an_error():
