@@ -13,7 +13,10 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -178,6 +181,16 @@ PRESETS: dict[str, dict] = {
     },
 }
 
+# Largest values. Sizes beyond are mistakes or damage, and building such a model would take hours before it fails; the
+# other integers must fit into 64 bits.
+LIMITS = {
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 1_000),
+    **dict.fromkeys(("d_model", "d_ff", "seq_len"), 1_000_000),
+    "vocab_size": 100_000_000,
+    "num_workers": 1_000,
+}
+MAX_INTEGER = 2**63 - 1
+
 # Settings of one invocation. They are not in config.json, so that the run can be moved to another machine.
 INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers")
 
@@ -234,6 +247,13 @@ def reject_unknown(values: dict) -> None:
             raise InputError(f"unknown setting {name!r}{did_you_mean(name, known)}")
 
 
+def changed_settings(saved: dict, config: Config, names: Iterable[str], here: str = "now") -> str:
+    """The settings of these names that differ: "seed 7 there, 42 now; …", or ""."""
+    saved = {**dataclasses.asdict(Config()), **saved}  # settings that did not exist yet had their defaults
+    changed = [name for name in names if saved[name] != getattr(config, name)]
+    return "; ".join(f"{name} {saved[name]!r} there, {getattr(config, name)!r} {here}" for name in changed)
+
+
 def check_types(config: Config) -> None:
     """Raises InputError for a value that is not of its declared type; converts an int where a float is declared."""
     for name, kind in typing.get_type_hints(Config).items():
@@ -263,6 +283,10 @@ def check_values(config: Config) -> None:
     not_negative = "batch_tokens num_workers max_steps warmup_steps weight_decay clip_norm save_every_steps keep_checkpoints patience rdrop_alpha validation_sentences validation_examples seed"
     for name in not_negative.split():
         require(0 <= getattr(config, name) < math.inf, name, "give 0 or more")
+    for field in dataclasses.fields(Config):
+        if type(getattr(config, field.name)) is int:
+            limit = LIMITS.get(field.name, MAX_INTEGER)
+            require(getattr(config, field.name) <= limit, field.name, f"give at most {limit:,}")
     for name in (
         "dropout",
         "bpe_dropout",
@@ -353,6 +377,7 @@ def run_command(main) -> None:
     """
     signal.signal(signal.SIGINT, INTERRUPT_HANDLER)
     use_utf8()
+    threading.excepthook = report_thread
     try:
         if sys.version_info < (3, 11):  # noqa: UP036
             raise InputError(f"this is Python {sys.version.split()[0]}; use 3.11 or newer")
@@ -368,6 +393,14 @@ def run_command(main) -> None:
             raise
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def report_thread(failed: threading.ExceptHookArgs) -> None:
+    """Reports an error of a thread, such as the one that writes the curves; one line if it has an explanation."""
+    if (line := explanation(failed.exc_value)) is None or sys.flags.dev_mode:
+        threading.__excepthook__(failed)
+    else:
+        print(f"warning: {' '.join(line.split())}", file=sys.stderr)
 
 
 def use_utf8() -> None:
@@ -391,10 +424,11 @@ OPTIONAL_PACKAGES = {
     "ctranslate2": "requirements-export.txt",
 }
 
+FREE_SPACE = "free some space, then run the same command again"
 REMEDIES = {
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), "check the path"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "fix its permissions or choose another path"),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, then run the same command again"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FREE_SPACE),
     errno.EROFS: "choose a folder that can be written to",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
@@ -407,7 +441,11 @@ def explanation(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # PyTorch raises a RuntimeError
         return f"out of memory ({error}); lower --batch-tokens, --seq-len or the size of the model"
     if isinstance(error, OSError):
-        return f"{error}; {REMEDIES.get(error.errno, 'check the file and its disk')}"
+        remedy = REMEDIES.get(error.errno, "check the file and its disk")
+        if remedy == FREE_SPACE and not error.filename:  # Arrow and PyTorch do not say where
+            cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
+            remedy += f"; beside the run, corpora are kept in {cache} (HF_HOME) and {tempfile.gettempdir()} (TMPDIR)"
+        return f"{error}; {remedy}"
     if isinstance(error, UnicodeError):
         return f"a text or a file name is not UTF-8 ({error}); convert or rename it"
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:

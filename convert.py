@@ -24,6 +24,7 @@ import math
 import pickle
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ from torch import Tensor
 from dataset import load_tokenizer
 from export import UNKNOWN_CORPUS, to_safetensors
 from model import get_model
-from runs.folder import RunFolder, check_new_folder
+from runs.files import check_new_folder, new_folder
+from runs.folder import RunFolder
 from translate import Translator
 
 
@@ -78,10 +80,11 @@ def main(
         raise InputError(
             f"the weights in {weights} do not fit the tokenizers or are not from the tutorial's code ({error})"
         ) from None
-    folder.path.mkdir(parents=True, exist_ok=True)
-    for lang, path in ((lang_src, tokenizer_src), (lang_tgt, tokenizer_tgt)):
-        shutil.copy(path, folder.tokenizer_file(lang))
-    to_safetensors(Translator(model, config, *tokenizers), folder.path)
+    with new_folder(folder.path) as partial:
+        for lang, path in ((lang_src, tokenizer_src), (lang_tgt, tokenizer_tgt)):
+            shutil.copy(path, RunFolder(partial).tokenizer_file(lang))
+        translator = Translator(model, replace(config, run_dir=str(partial)), *tokenizers)
+        to_safetensors(translator, partial)
     print(f'wrote {folder}; try: python translate.py --run-dir {folder} "A sentence."')
     print(f"to evaluate it: python evaluate.py --run-dir {folder} --source FILE --reference FILE")
 

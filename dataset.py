@@ -30,7 +30,7 @@ from corpora.cleaning import Removed, clean
 from corpora.files import DATA_VERSION
 from corpora.sources import load_split
 from model import causal_mask
-from runs.checkpoint import write_atomically
+from runs.files import MAX_TEXT_BYTES, check_regular, write_atomically
 from runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 PAIRS_PER_PROCESS = 100_000  # encoding fewer pairs takes less time than starting a process
 MAX_PROCESSES = 8  # for encoding; each needs a few hundred megabytes
+GROWTH_SAMPLE = 500  # sentences of each language that are segmented before training to measure BPE-dropout
 MAX_TOKENIZER_PAIRS = 1_000_000  # pairs that a tokenizer is trained on; more would only take longer
 
 SPECIAL_TOKENS = ["[UNK]", "[PAD]", "[SOS]", "[EOS]"]
@@ -48,31 +49,33 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # tokens of a BPE tokenizer 
 
 
 def get_or_build_tokenizer(config: Config, pairs: Dataset, lang: str) -> Tokenizer:
-    """The run's tokenizer for a language: loaded from its folder, or trained on these pairs and saved there.
+    """The run's tokenizer for a language: loaded from its folder, or trained on these pairs.
 
-    In a folder without a checkpoint an existing tokenizer is ignored, because it may belong to another corpus. With
-    `init_from`, it is a copy of that run's. Raises InputError if the corpus has no word that occurs twice.
+    `save_tokenizers` writes it there. In a folder without a checkpoint an existing tokenizer is ignored, because it may
+    belong to another corpus. With `init_from`, it is that run's. Raises InputError if no word occurs twice.
     """
     folder = RunFolder.of(config)
     path = folder.tokenizer_file(lang)
-    if path.is_file() and (folder.checkpoints() or not distributed.is_first()):
+    is_resuming = bool(folder.checkpoints()) and config.preload != "none"
+    if path.is_file() and (is_resuming or not distributed.is_first()):
         return load_tokenizer(path)
     if config.init_from:
-        tokenizer = load_tokenizer(RunFolder.find(config.init_from).tokenizer_file(lang))
-    else:
-        tokenizer = build_tokenizer(config, pairs, lang)
-    write_atomically(path, tokenizer.to_str(pretty=True))
-    if config.shared_vocab:
-        other = config.lang_tgt if lang == config.lang_src else config.lang_src
-        write_atomically(folder.tokenizer_file(other), tokenizer.to_str(pretty=True))
-    return tokenizer
+        return load_tokenizer(RunFolder.find(config.init_from).tokenizer_file(lang))
+    return build_tokenizer(config, pairs, lang)
+
+
+def save_tokenizers(config: Config, *tokenizers: Tokenizer) -> None:
+    """Writes the source and the target tokenizer to the run's folder."""
+    for lang, tokenizer in zip((config.lang_src, config.lang_tgt), tokenizers, strict=True):
+        write_atomically(RunFolder.of(config).tokenizer_file(lang), tokenizer.to_str(pretty=True))
 
 
 def build_tokenizer(config: Config, pairs: Dataset, lang: str) -> Tokenizer:
     """A tokenizer trained on one side of the pairs, or on both if the vocabulary is shared."""
     side = "src" if lang == config.lang_src else "tgt"
     sides = ["src", "tgt"] if config.shared_vocab else [side]
-    texts = (text for batch in sample(pairs) for s in sides for text in batch[s])
+    limit = max_characters(config.seq_len)
+    texts = (text for batch in sample(pairs) for s in sides for text in batch[s] if len(text) <= limit)
     build = build_word_tokenizer if config.tokenizer == "word" else build_bpe_tokenizer
     tokenizer = build(texts, config.vocab_size)
     if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
@@ -88,10 +91,19 @@ def sample(pairs: Dataset, chunk: int = 1_000) -> Iterator[dict]:
         yield pairs[start : start + chunk]
 
 
+def max_characters(seq_len: int) -> int:
+    """Characters of the longest text that is given to a tokenizer: 100 per token, more than any language has.
+
+    A word of 100 MB takes a BPE tokenizer hours, and a line of as many words gigabytes, before tokens can be counted.
+    """
+    return 100 * seq_len
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Raises InputError if the file is missing or is not a tokenizer."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"no file {path}; the run's folder is incomplete, copy it again")
+    check_regular(path, MAX_TEXT_BYTES)
     try:
         return plain_text(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -196,8 +208,8 @@ class BilingualDataset(torch.utils.data.Dataset):
 
     Pairs with a blank side or more than `seq_len` tokens are skipped and counted in `skipped_blank` and
     `skipped_long`. With `bpe_dropout`, words are re-segmented every epoch, with random numbers that depend on seed,
-    epoch and position; batches are still formed by the lengths without BPE-dropout. Raises InputError if no pairs
-    remain. `removed` counts the pairs that cleaning has removed before.
+    epoch and position; batches of `batch_tokens` leave room for that (`growth`). Raises InputError if no pairs remain.
+    `removed` counts the pairs that cleaning has removed before.
     """
 
     removed = Removed()
@@ -210,10 +222,11 @@ class BilingualDataset(torch.utils.data.Dataset):
         seq_len: int,
         bpe_dropout: float = 0.0,
         seed: int = 0,
+        batch_tokens: int = 0,
     ):
         from datasets import Features, List, Value
 
-        self.seq_len, self.seed, self.epoch = seq_len, seed, 0
+        self.seq_len, self.seed, self.batch_tokens, self.epoch = seq_len, seed, batch_tokens, 0
         self.segmenters = [BPEDropout(t, bpe_dropout) for t in (tokenizer_src, tokenizer_tgt)] if bpe_dropout else None
         self.skipped_blank = count_blank(pairs)
         processes = min(available_cores(), MAX_PROCESSES, len(pairs) // PAIRS_PER_PROCESS)
@@ -248,12 +261,18 @@ class BilingualDataset(torch.utils.data.Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all sentence lengths and of ORDER_VERSION: it changes with the corpus and with the batch order."""
-        digest = hashlib.sha256(b"%d" % ORDER_VERSION)
-        for side in (0, 1):
+        """Hashes of ORDER_VERSION and all sentence lengths, and of all token ids.
+
+        They change with the corpus and with the batch order. Earlier versions had the first one only.
+        """
+        lengths, ids = hashlib.sha256(b"%d" % ORDER_VERSION), hashlib.sha256()
+        for i, side in enumerate(("src_ids", "tgt_ids")):
             for start in range(0, len(self), POOL):
-                digest.update(self.lengths(start, min(start + POOL, len(self)))[side].astype(np.int32).tobytes())
-        return f"{len(self)} pairs {digest.hexdigest()[:16]}"
+                stop = min(start + POOL, len(self))
+                lengths.update(self.lengths(start, stop)[i].astype(np.int32).tobytes())
+                column = self.encoded.data.column(side).slice(start, stop - start)
+                ids.update(pc.list_flatten(column).to_numpy().tobytes())
+        return f"{len(self)} pairs {lengths.hexdigest()[:16]} {ids.hexdigest()[:16]}"
 
     def __getitem__(self, positions: list[int]) -> dict:
         rows = self.encoded[positions]  # an Arrow table
@@ -266,17 +285,35 @@ class BilingualDataset(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def resegment(self, positions: list[int], rows: pa.Table) -> list[pa.Array]:
-        """Source and target ids with BPE-dropout; sentences that would exceed `seq_len` keep their ids without it."""
+        """Source and target ids with BPE-dropout.
+
+        Sentences that would exceed `seq_len`, or their share of `batch_tokens`, keep their ids without it.
+        """
+        longest = min(self.seq_len, self.batch_tokens // len(positions) or self.seq_len)
         sides = []
-        limits = (self.seq_len, self.seq_len + 1)
-        for side, segmenter, limit in zip(("src", "tgt"), self.segmenters, limits, strict=True):
-            ids = []
-            for position, row in zip(positions, rows.select([side, f"{side}_ids"]).to_pylist(), strict=True):
-                rng = random.Random(f"{self.seed} {self.epoch} {position} {side}")
-                resegmented = segmenter.encode(row[side], rng)
-                ids.append(resegmented if len(resegmented) <= limit else row[f"{side}_ids"])
-            sides.append(pa.array(ids, pa.list_(pa.int32())))
+        for side, limit in (("src", longest), ("tgt", longest + 1)):  # the decoder reads the target without its [EOS]
+            ids = zip(self.segmented(side, positions, rows, self.epoch), rows[f"{side}_ids"].to_pylist(), strict=True)
+            kept = [new if len(new) <= limit else plain for new, plain in ids]
+            sides.append(pa.array(kept, pa.list_(pa.int32())))
         return sides
+
+    def segmented(self, side: str, positions: list[int], rows: pa.Table, epoch: int) -> list[list[int]]:
+        """The ids of the sentences on one side, with BPE-dropout."""
+        segmenter = self.segmenters[side == "tgt"]
+        rngs = (random.Random(f"{self.seed} {epoch} {position} {side}") for position in positions)
+        return [segmenter.encode(text, rng) for text, rng in zip(rows[side].to_pylist(), rngs, strict=True)]
+
+    @cached_property
+    def growth(self) -> float:
+        """How much longer BPE-dropout makes sentences: the factor that 95% of a sample stay below; 1 without it."""
+        if not self.segmenters:
+            return 1.0
+        positions = np.linspace(0, len(self) - 1, min(GROWTH_SAMPLE, len(self))).astype(int).tolist()
+        rows, factors = self.encoded[positions], []
+        for side in ("src", "tgt"):
+            ids = zip(self.segmented(side, positions, rows, 0), rows[f"{side}_ids"].to_pylist(), strict=True)
+            factors += [len(new) / len(plain) for new, plain in ids]
+        return float(np.quantile(factors, 0.95))
 
 
 def available_cores() -> int:
@@ -288,9 +325,12 @@ def encode_pairs(batch: dict, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer
     """Token ids with [SOS] and [EOS]; blank and overlong pairs are dropped. `version` is part of the cache key."""
     for tokenizer in (tokenizer_src, tokenizer_tgt):
         plain_text(tokenizer)  # this setting is lost when a tokenizer is pickled for another process
-    src_ids = [[SOS, *e.ids, EOS] for e in tokenizer_src.encode_batch_fast(batch["src"])]
-    tgt_ids = [[SOS, *e.ids, EOS] for e in tokenizer_tgt.encode_batch_fast(batch["tgt"])]
-    columns = {"src": batch["src"], "tgt": batch["tgt"], "src_ids": src_ids, "tgt_ids": tgt_ids}
+    limit = max_characters(seq_len)
+    # Texts that are far too long become blank, and their pairs are dropped below.
+    texts = {side: [text if len(text) <= limit else "" for text in batch[side]] for side in ("src", "tgt")}
+    src_ids = [[SOS, *e.ids, EOS] for e in tokenizer_src.encode_batch_fast(texts["src"])]
+    tgt_ids = [[SOS, *e.ids, EOS] for e in tokenizer_tgt.encode_batch_fast(texts["tgt"])]
+    columns = texts | {"src_ids": src_ids, "tgt_ids": tgt_ids}
     # The decoder reads the target without its [EOS], so the target may have one more token.
     keep = [
         src.strip() != "" and tgt.strip() != "" and len(s) <= seq_len and len(t) - 1 <= seq_len
@@ -399,7 +439,7 @@ class Batches:
         # 7% when sorted by target, then source length.
         order = np.lexsort((ties, np.where(lengths % 2, difference, -difference), lengths))
         start, longest = 0, 0
-        for i, length in enumerate(lengths[order].tolist()):
+        for i, length in enumerate((self.dataset.growth * lengths[order]).tolist()):
             longest = max(longest, length)
             if i > start and (i + 1 - start) * longest > self.config.batch_tokens:
                 yield positions[order[start:i]]
@@ -429,20 +469,27 @@ def make_loader(
 
 def get_ds(config: Config) -> tuple[BilingualDataset, BilingualDataset, Tokenizer, Tokenizer]:
     """Training set, validation set, source tokenizer and target tokenizer of a config."""
-    return encode_splits(config, load_split(config, "train"), load_split(config, "validation"))
+    data = encode_splits(config, load_split(config, "train"), load_split(config, "validation"))
+    save_tokenizers(config, *data[2:])
+    return data
 
 
 def encode_splits(
     config: Config, train_pairs: Dataset, validation_pairs: Dataset
 ) -> tuple[BilingualDataset, BilingualDataset, Tokenizer, Tokenizer]:
-    """`get_ds` for pairs that are already loaded. Tokenizers are trained on the training pairs only, after cleaning."""
+    """`get_ds` for pairs that are already loaded, but writes nothing to the run's folder.
+
+    Tokenizers are trained on the training pairs only, after cleaning.
+    """
     train_pairs, removed = clean(train_pairs, config.max_length_ratio, config.drop_duplicates)
     tokenizer_src = get_or_build_tokenizer(config, train_pairs, config.lang_src)
     if config.shared_vocab:
-        tokenizer_tgt = load_tokenizer(RunFolder.of(config).tokenizer_file(config.lang_tgt))
+        tokenizer_tgt = tokenizer_src
     else:
         tokenizer_tgt = get_or_build_tokenizer(config, train_pairs, config.lang_tgt)
     tokenizers = tokenizer_src, tokenizer_tgt
-    train = BilingualDataset(train_pairs, *tokenizers, config.seq_len, config.bpe_dropout, config.seed)
+    train = BilingualDataset(
+        train_pairs, *tokenizers, config.seq_len, config.bpe_dropout, config.seed, config.batch_tokens
+    )
     train.removed = removed
     return train, BilingualDataset(validation_pairs, *tokenizers, config.seq_len), *tokenizers

@@ -18,6 +18,7 @@ import tyro
 
 from corpora.files import check_aligned, read_text_file
 from corpora.sources import load_split
+from runs.files import output_file
 from translate import Runs, Weights, blank_long, check_search, load_translators, repeat_run_dir
 
 
@@ -108,7 +109,8 @@ def main(
     predicted = translator.translate(blank_long(translator, sources), beam_size, length_penalty, show_progress=True)
     seconds = time.perf_counter() - start
     if output:
-        Path(output).write_text("".join(f"{line}\n" for line in predicted), encoding="utf8")
+        with output_file(output) as file:
+            file.write_text("".join(f"{line}\n" for line in predicted), encoding="utf8")
     scores = score(predicted, references, bleu_tokenizer)
     details = {
         "run": str(translator.folder),

@@ -27,6 +27,7 @@ from interpret.steps import log_probability, step_table
 from interpret.study import STUDY, study
 from interpret.text import findings_text, step_table_text, variants_text
 from interpret.trace import AttentionTrace, record_trace
+from runs.files import output_file
 from translate import Translator
 
 # ---------------------------------------------------------------------------- one sentence
@@ -185,7 +186,8 @@ def main(
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
-    table.to_csv(path, index=False)
+    with output_file(path) as file:
+        table.to_csv(file, index=False)
     print(f"wrote {path}", file=sys.stderr)
 
 

@@ -8,10 +8,12 @@ D  d_model
 """
 
 # config comes first: it makes Ctrl-C quiet during the imports below
-from config import InputError, parse, run_command
+from config import Config, InputError, parse, run_command
 
 # isort: split
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +25,8 @@ from torch import Tensor, nn
 
 from dataset import EOS, SOS, SPECIAL_TOKENS, UNK
 from model import DecoderBlock, EncoderBlock, MultiHeadAttentionBlock, PositionalEncoding
-from runs.folder import RunFolder, check_new_folder
+from runs.files import check_new_folder, new_folder
+from runs.folder import RunFolder
 from translate import Translator
 
 UNKNOWN_CORPUS = "unknown"  # the datasource of converted weights (convert.py)
@@ -140,10 +143,21 @@ def to_safetensors(translator: Translator, output_dir: str | Path) -> None:
     """
     folder = RunFolder(output_dir)
     folder.path.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_model(translator.model, str(folder.exported_weights))
-    folder.save_config(translator.config)
+    try:
+        safetensors.torch.save_model(translator.model, str(folder.exported_weights))
+    except safetensors.SafetensorError as error:
+        raise InputError(f"cannot write {folder} ({error}); free some space or choose another folder") from None
+    folder.save_config(without_paths(translator.config))
     copy_tokenizers(translator, folder.path)
     (folder.path / "README.md").write_text(model_card(translator), encoding="utf8")
+
+
+def without_paths(config: Config) -> Config:
+    """The config with the names of local files and folders in place of their paths, which are private."""
+    names = ("datasource", "validation_source", "test_source", "init_from")
+    values = {name: Path(getattr(config, name)) for name in names}
+    local = {name: path.name for name, path in values.items() if path.is_absolute() or path.parent.is_dir()}
+    return replace(config, **local)
 
 
 def copy_tokenizers(translator: Translator, folder: Path) -> None:
@@ -156,11 +170,9 @@ def copy_tokenizers(translator: Translator, folder: Path) -> None:
 
 def model_card(translator: Translator) -> str:
     """The README.md of a Hub repository, with its metadata."""
-    config = translator.config
+    config = without_paths(translator.config)
     parameters = sum(p.numel() for p in translator.model.parameters())
-    is_path = Path(config.datasource).parent.is_dir()
-    corpus = Path(config.datasource).name if is_path else config.datasource  # a model card must not contain local paths
-    trained = "" if config.datasource == UNKNOWN_CORPUS else f", trained on {corpus}"
+    trained = "" if config.datasource == UNKNOWN_CORPUS else f", trained on {config.datasource}"
     return f"""---
 language: ["{config.lang_src}", "{config.lang_tgt}"]
 pipeline_tag: translation
@@ -198,23 +210,14 @@ def main(
         weights: best (on the validation set), latest, or an epoch number
         average: number of epochs whose weights are averaged, the best or the latest ones
     """
-    folder = Path(output_dir).resolve()
+    folder = Path(os.path.realpath(output_dir))
     check_new_folder(folder)
     translator = Translator.load(run_dir, "cpu", weights, average)
-    partial = folder.with_name(f".{folder.name}.tmp")  # renamed at the end: a full disk leaves no partial export
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
-    try:
+    with new_folder(folder) as partial:
         if form == "ctranslate2":
             to_ctranslate2(translator, partial, quantization)
         else:
             to_safetensors(translator, partial)
-        if folder.exists():
-            folder.rmdir()  # it is empty; Windows does not replace folders
-        partial.rename(folder)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"cannot write {folder} ({error}); free some space or choose another folder") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"wrote {folder} ({size / 1e6:.1f} MB): {', '.join(sorted(path.name for path in folder.iterdir()))}")
 

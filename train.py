@@ -41,15 +41,15 @@ from compute.device import (
 )
 from compute.threads import share_cores
 from corpora.sources import count_shared, load_split
-from dataset import Batches, BilingualDataset, encode_splits, make_loader
+from dataset import Batches, BilingualDataset, encode_splits, make_loader, save_tokenizers
 from evaluate import format_scores, score
 from runs import mirror
 from runs.folder import RunFolder, merits
-from training.estimate import estimated_memory, estimated_seconds
+from training.estimate import check_shared_memory, estimated_memory, estimated_seconds
 from training.initial import start_from
 from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars
 from training.losses import LossInputs, TrainingLoss, count_target_tokens
-from training.resume import ResumePoint, check_same_data, find_resume_point
+from training.resume import ResumePoint, check_same_data, find_resume_point, load_state
 from training.signals import StopSignal, starting_workers
 from training.state import Progress, TrainingState
 from translate import Translator
@@ -241,11 +241,13 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
         train_pairs, validation_pairs = load_split(config, "train"), load_split(config, "validation")
         if is_first:
             warn_shared_pairs(train_pairs, validation_pairs)
-        if is_first and resume_point.state is None and (aside := folder.set_aside(resume_point.conflicting)):
-            print(f"training from scratch: the files of an earlier run were moved to {aside}")
         data = encode_splits(config, train_pairs, validation_pairs)
         if resume_point.state:
-            check_same_data(folder, config, data[0], resume_point)
+            check_same_data(folder, config, *data[:2], resume_point)
+        elif is_first:
+            if aside := folder.set_aside(resume_point.conflicting):
+                print(f"training from scratch: the files of an earlier run were moved to {aside}")
+            save_tokenizers(config, *data[2:])
     return Prepared(device, *data, resume_point)
 
 
@@ -267,6 +269,7 @@ def removing_on_error(folders: list[Path]) -> Iterator[None]:
 def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
     """Creates the run's folder and locks it for this process."""
     folder.check_writable()
+    check_shared_memory(config)
     if config.mirror_dir:
         mirror.check(RunFolder(config.mirror_dir), folder, config)
     folder.create()
@@ -357,9 +360,11 @@ def out_of_patience(config: Config, folder: RunFolder) -> bool:
     return distributed.broadcast(is_out)
 
 
-def resume(config: Config, folder: RunFolder, state: TrainingState, resume_point: ResumePoint) -> None:
+def resume(
+    config: Config, folder: RunFolder, state: TrainingState, train: BilingualDataset, resume_point: ResumePoint
+) -> None:
     """Restores the state, sets later checkpoints aside and removes later scores."""
-    state.load_state_dict(resume_point.state)
+    load_state(state, config, train, resume_point)
     if distributed.is_first():
         if aside := folder.set_aside(resume_point.conflicting):
             print(f"preload {config.preload}: later checkpoints were moved to {aside}")
@@ -369,13 +374,13 @@ def resume(config: Config, folder: RunFolder, state: TrainingState, resume_point
         print(f"resuming     from {resume_point.path.name}, at {where} {epoch}, step {step:,}")
 
 
-def save(config: Config, folder: RunFolder, state: TrainingState, train: BilingualDataset, log: TrainingLog) -> None:
+def save(config: Config, folder: RunFolder, state: TrainingState, fingerprints: dict, log: TrainingLog) -> None:
     """Writes a checkpoint and updates the mirror. All processes must call it."""
     log.check_finite()
     saved = state.state_dict()
     if distributed.is_first():
         tokenizers = [folder.tokenizer_file(lang).read_text("utf8") for lang in (config.lang_src, config.lang_tgt)]
-        folder.save({**saved, "config": asdict(config), "corpus": train.fingerprint, "tokenizers": tokenizers})
+        folder.save({**saved, **fingerprints, "config": asdict(config), "tokenizers": tokenizers})
         update_mirror(config, folder, log)
 
 
@@ -420,6 +425,7 @@ def train_model(config: Config) -> TrainingState:
         prepared = distributed.first_then_others(lambda: prepare(config, folder, resources))
         device, train, validation, *tokenizers, resume_point = prepared
         allow_tf32(device)
+        fingerprints = {"corpus": train.fingerprint, "validation": validation.fingerprint}
         state = TrainingState.create(config, *(t.get_vocab_size() for t in tokenizers), device)
         precision = choose_precision(config.precision, device, state.model)
         total_steps = count_steps(config, train)
@@ -429,7 +435,7 @@ def train_model(config: Config) -> TrainingState:
 
         # Resume, or start from another run
         if resume_point.state:
-            resume(config, folder, state, resume_point)
+            resume(config, folder, state, train, resume_point)
         elif resume_point.initial:
             start_from(resume_point.initial, state, train)
         del prepared, resume_point  # frees the loaded checkpoint
@@ -437,7 +443,9 @@ def train_model(config: Config) -> TrainingState:
             folder.save_config(config)
             folder.save_run_id()
             if config.mirror_dir:
-                mirror.begin(RunFolder(config.mirror_dir), count_parameters(state.model), has_ema=config.ema_decay > 0)
+                copy = RunFolder(config.mirror_dir)
+                resources.enter_context(mirror.locked(copy))
+                mirror.begin(copy, count_parameters(state.model), has_ema=config.ema_decay > 0)
         log = TrainingLog(folder, state.progress.step, state.scaler)
         resources.callback(log.close)
         translator = Translator(state.evaluated_model, config, *tokenizers)
@@ -474,12 +482,12 @@ def train_model(config: Config) -> TrainingState:
                     if stop.received() or is_finished(progress, config):
                         break
                     if config.save_every_steps and progress.step % config.save_every_steps == 0:
-                        save(config, folder, state, train, log)
+                        save(config, folder, state, fingerprints, log)
 
                 # Save
                 if progress.batch == len(batches):
                     progress.epoch, progress.batch = progress.epoch + 1, 0
-                save(config, folder, state, train, log)
+                save(config, folder, state, fingerprints, log)
                 if progress.batch:
                     print_line(f"saved {folder.checkpoint(**asdict(progress))}")
 
@@ -521,7 +529,7 @@ def parse_config(argv: list[str]) -> Config:
     parser.add_argument("--init-from", "--init_from", nargs="?", default="")
     given, _ = parser.parse_known_args(argv)
     folder = RunFolder(given.run_dir or "")
-    if given.preset is None and given.run_dir and folder.config_file.is_file():
+    if given.preset is None and given.run_dir and folder.has_config:
         default = folder.load_config()
     else:
         default = get_config(given.preset or "opus_books")

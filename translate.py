@@ -8,13 +8,12 @@ python translate.py < sentences.en > sentences.it
 """
 
 # config comes first: it makes Ctrl-C quiet during the imports below
-from config import Config, InputError, counted, parse, run_command
+from config import INHERITED_FIELDS, Config, InputError, changed_settings, counted, parse, run_command
 
 # isort: split
-import math
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from itertools import groupby, islice
 from operator import itemgetter
@@ -35,10 +34,13 @@ from compute.threads import share_cores
 from corpora.alignment import lexical_consistency, merge_weights, pharaoh, strongest_links
 from corpora.files import read_lines
 from corpora.sources import load_split
-from dataset import EOS, PAD, SOS, UNK, load_tokenizer, padding_mask, word_indices
+from dataset import EOS, PAD, SOS, UNK, load_tokenizer, max_characters, padding_mask, word_indices
 from model import Transformer, causal_mask, get_model
+from runs.checkpoint import require_parts
 from runs.folder import RunFolder
 from search import EnsembleDecoder, Hypothesis, StepDecoder, beam_search, greedy_decode
+
+MAX_LENGTH_PENALTY = 10  # higher powers of the length overflow in fp32
 
 # ---------------------------------------------------------------------------- the model, one step at a time
 
@@ -133,6 +135,7 @@ class Translator:
             raise InputError(f"{folder} holds one set of exported weights; omit --weights and --average")
         if not is_export:
             path, loaded, state = folder.load_weights(weights, average, config.best_by)
+            check_same_model(config, state, path)
             check_tokenizers(folder, config, state, path)
         tokenizers = [load_tokenizer(folder.tokenizer_file(lang)) for lang in (config.lang_src, config.lang_tgt)]
         model = get_model(config, *(tokenizer.get_vocab_size() for tokenizer in tokenizers))
@@ -151,6 +154,8 @@ class Translator:
 
     def encode(self, sentence: str) -> list[int]:
         """Token ids with [SOS] and [EOS]. Raises InputError for more than `seq_len` tokens or undecodable text."""
+        if len(sentence) > (limit := max_characters(self.config.seq_len)):
+            raise InputError(f"a sentence of {len(sentence):,} characters exceeds the limit of {limit:,}; split it")
         try:
             ids = [SOS, *self.tokenizer_src.encode(sentence).ids, EOS]
         except TypeError:  # undecodable bytes on the command line
@@ -351,11 +356,20 @@ def load_state_dict(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict({name.removeprefix("_orig_mod.").removeprefix("module."): w for name, w in weights.items()})
 
 
+def check_same_model(config: Config, state: dict, path: Path) -> None:
+    """Raises InputError if config.json describes another model than that of the checkpoint at `path`."""
+    require_parts(state, path, "config", "tokenizers")
+    if changed := changed_settings(state["config"], config, (*INHERITED_FIELDS, "seq_len")):
+        raise InputError(f"config.json does not belong to {path}: {changed}; copy the folder again")
+
+
 def check_tokenizers(folder: RunFolder, config: Config, state: dict, path: Path) -> None:
     """Raises InputError unless the tokenizers in the folder are those of the checkpoint at `path`."""
-    for lang, text in zip((config.lang_src, config.lang_tgt), state["tokenizers"], strict=True):
-        file = folder.tokenizer_file(lang)
-        if load_tokenizer(file).to_str() != Tokenizer.from_str(text).to_str():
+    for i, lang in enumerate((config.lang_src, config.lang_tgt)):
+        file, saved = folder.tokenizer_file(lang), ""
+        with suppress(Exception):  # too few of them, or no tokenizer: tokenizers raises bare Exceptions
+            saved = Tokenizer.from_str(state["tokenizers"][i]).to_str()
+        if load_tokenizer(file).to_str() != saved:
             raise InputError(f"{file} is not the tokenizer that {path.name} was trained with; copy the folder again")
 
 
@@ -504,8 +518,8 @@ def check_search(beam_size: int, length_penalty: float, n_best: int = 1) -> None
     """Raises InputError for invalid search settings."""
     if beam_size < 1:
         raise InputError(f"--beam-size is {beam_size}; give 1 for greedy search, or more")
-    if not 0 <= length_penalty < math.inf:
-        raise InputError(f"--length-penalty is {length_penalty}; give 0 or more")
+    if not 0 <= length_penalty <= MAX_LENGTH_PENALTY:
+        raise InputError(f"--length-penalty is {length_penalty}; give 0 to {MAX_LENGTH_PENALTY}")
     if not 1 <= n_best <= beam_size:
         raise InputError(f"--n-best is {n_best}; give 1 to --beam-size ({beam_size})")
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
 import train
 from corpora.toy import toy_pairs
-from runs import checkpoint
+from runs import checkpoint, files
 from runs import folder as run_folder
 from runs.checkpoint import DamagedCheckpoint, load_checkpoint
 from runs.folder import RunFolder
@@ -157,7 +157,7 @@ POINTS = {
     "checksum half written": (checkpoint, "_seal", "half"),
     "checksum written, not renamed": (os, "replace", "before"),
     "renamed": (os, "replace", "after"),
-    "folder flushed": (checkpoint, "_flush_folder", "after"),
+    "folder flushed": (files, "flush_folder", "after"),
     "saved, older checkpoints of the epoch not removed": (run_folder, "save_checkpoint", "after"),
     "saved, not validated": (train, "run_validation", "before"),
     "validated, score not written": (RunFolder, "write_scores", "before"),
@@ -180,6 +180,8 @@ def die_at(point: str, nth: int) -> None:
     @functools.wraps(original)
     def wrapper(*args, **kwargs):
         if name == "replace" and not str(args[1]).endswith(".pt"):  # configs and scores are also renamed
+            return original(*args, **kwargs)
+        if name == "flush_folder" and not RunFolder(args[0]).checkpoints():  # the config, before training
             return original(*args, **kwargs)
         is_nth = next(calls) == nth
         if is_nth and when == "before":

@@ -20,7 +20,7 @@ from xml.parsers import expat
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from config import Config, InputError
+from config import FREE_SPACE, REMEDIES, Config, InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,8 +95,9 @@ def load_cached(read: Callable[..., Iterator[dict]], paths: list[Path], config: 
     try:
         return datasets.Dataset.from_generator(read, features=features, gen_kwargs=arguments)
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, InputError) or REMEDIES.get(getattr(cause, "errno", 0)) == FREE_SPACE:
+            raise cause from None
         raise InputError(f"{paths[0]} cannot be read ({error.__cause__}); fix or convert the file") from None
     except ValueError as error:
         if "no data" in str(error):  # raised by `datasets` if the generator yields nothing
@@ -149,8 +150,11 @@ def read_table(path: str, languages: tuple[str, str]) -> Iterator[dict]:
     lines = read_text_file(path)
     is_csv = format_of(path) == ".csv"
     rows = csv.reader(f"{line}\n" for line in lines) if is_csv else (line.split("\t") for line in lines)
-    hint = f", separated by a {'comma' if is_csv else 'tab'}"
-    yield from read_cells(rows, path, languages, hint)
+    hint = ", separated by a comma; a quote that opens a cell must be closed" if is_csv else ", separated by a tab"
+    try:
+        yield from read_cells(rows, path, languages, hint)
+    except csv.Error as error:
+        raise InputError(f"{path} cannot be read ({error}); close the quote that opens a cell") from None
 
 
 def read_cells(rows: Iterable[list[str]], path: str, languages: tuple[str, str], hint: str = "") -> Iterator[dict]:

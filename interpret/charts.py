@@ -26,6 +26,7 @@ from interpret import views
 from interpret.measures import check_heads, mean_over_heads, packed_table, rollout, weights_of_query
 from interpret.trace import KIND_NAMES, KINDS, SIDES, AttentionTrace
 from interpret.views import WEIGHT_SCALE, token_axis, unpack, view_data, view_params, view_state
+from runs.files import output_file
 
 WEIGHT_COLOR = alt.Color("weight:Q", scale=WEIGHT_SCALE, title="weight")
 TOOLTIP = [
@@ -330,9 +331,11 @@ def picture(
 def save_picture(chart: alt.TopLevelMixin, path: str | Path, scale: float = 2.0) -> None:
     """Writes the chart as SVG if the name ends in .svg, otherwise as PNG."""
     if Path(path).suffix.lower() == ".svg":
-        Path(path).write_text(vl_convert.vegalite_to_svg(chart.to_dict()), encoding="utf8")
+        picture = vl_convert.vegalite_to_svg(chart.to_dict()).encode()
     else:
-        Path(path).write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=scale))
+        picture = vl_convert.vegalite_to_png(chart.to_dict(), scale=scale)
+    with output_file(path) as file:
+        file.write_bytes(picture)
 
 
 def save_gif(trace: AttentionTrace, path: str | Path, seconds: float = 1.0, between: int = 3) -> None:
@@ -350,7 +353,8 @@ def save_gif(trace: AttentionTrace, path: str | Path, seconds: float = 1.0, betw
         durations.append(round(1000 * seconds) if step.is_integer() else 60)
     palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE)
     first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
+    with output_file(path) as file:
+        first.save(file, "GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
 
 
 def eased(step: float) -> float:

@@ -26,6 +26,7 @@ from interpret.interventions import Variant
 from interpret.theme import PALETTES, css, vega_config
 from interpret.trace import KIND_NAMES, KINDS, AttentionTrace
 from interpret.views import VIEWS, view_data, view_state
+from runs.files import output_file
 
 CAUTION = "Attention shows where a head reads. It does not explain the output, and only some heads align words."
 LEGEND = '<span class="legend">weight 0 <i></i> 1</span>'
@@ -61,21 +62,20 @@ def write_page(
     themes = {name: vega_config(palette) for name, palette in PALETTES.items()}
     embedded = json.dumps({"themes": themes, **data}, cls=EscapedJSON, ensure_ascii=False)
     scripts = [vl_convert.javascript_bundle(), (HERE / "page.js").read_text(encoding="utf8")]
-    Path(path).write_text(
-        PAGE.format(
-            title=html.escape(title),
-            about=CAUTION,
-            run=html.escape(run),
-            policy=content_security_policy(scripts),
-            style=css() + (HERE / "page.css").read_text(encoding="utf8"),
-            controls=controls,
-            cards=cards_html(cards),
-            data=embedded,
-            vega=scripts[0],
-            script=scripts[1],
-        ),
-        encoding="utf8",
+    page = PAGE.format(
+        title=html.escape(title),
+        about=CAUTION,
+        run=html.escape(run),
+        policy=content_security_policy(scripts),
+        style=css() + (HERE / "page.css").read_text(encoding="utf8"),
+        controls=controls,
+        cards=cards_html(cards),
+        data=embedded,
+        vega=scripts[0],
+        script=scripts[1],
     )
+    with output_file(path) as file:
+        file.write_text(page, encoding="utf8")
 
 
 def cards_html(cards: list[Card | list[Card]]) -> str:

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders
 from config import InputError
 from corpora.alignment import merge_weights
 from dataset import EOS, SOS, UNK, word_indices
+from runs.files import output_file
 from translate import Translator, recorded_pass
 
 KINDS = ("encoder", "decoder", "cross")
@@ -69,7 +70,7 @@ class AttentionTrace:
     def save(self, path: str | Path) -> None:
         """Writes one .npz file: one array of weights per kind, and everything else as JSON under `about`."""
         about = {name: value for name, value in vars(self).items() if name != "weights"}
-        with Path(path).open("wb") as file:
+        with output_file(path) as target, target.open("wb") as file:
             np.savez_compressed(file, about=np.array(json.dumps(about)), **self.weights)
 
     @classmethod

@@ -11,8 +11,10 @@ the SHA-256 of all bytes before it, because `torch.load` does not detect flipped
     scaler      loss scale and number of skipped steps in fp16, otherwise empty
     progress    epoch, batch and step
     rng         states of the random number generators of each process
+    run_id      identity of the run
     config      all settings
     corpus      fingerprint of the training set
+    validation  fingerprint of the validation set
     tokenizers  source and target tokenizer, as JSON
 """
 
@@ -21,14 +23,25 @@ import hashlib
 import os
 import pickle
 import struct
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from config import InputError
+from config import InputError, explanation
+from runs.files import replacing
 
 SCHEMA = 2
 DIGEST_LENGTH = 64  # characters of a SHA-256 in hexadecimal
+
+# The type of each part. Checkpoints of earlier versions lack some of them.
+PARTS = {
+    "model": dict, "ema_model": dict | None, "optimizer": dict | None, "scaler": dict, "progress": dict, "rng": list,
+    "run_id": str, "config": dict, "corpus": str, "validation": str, "tokenizers": list,
+}  # fmt: skip
 
 
 class DamagedCheckpoint(Exception):
@@ -36,27 +49,24 @@ class DamagedCheckpoint(Exception):
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Writes the state to a temporary file beside `path`, flushes it to disk and renames it.
+    """Writes the state beside `path`, seals it with a checksum and renames it.
 
-    After a crash, `path` is either the old file or the new one. Raises InputError if the file cannot be written, and
-    then removes the temporary file.
+    After a crash, `path` is either the old file or the new one. Raises InputError if the weights are not finite or the
+    file cannot be written.
     """
     path = Path(path)
-    temporary = temporary_path(path)
-    try:
-        torch.save({"schema": SCHEMA, "name": path.name, **state}, temporary)
-        _seal(temporary)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # a full disk raises either one, depending on when it is detected
-        reason = error if isinstance(error, OSError) else f"{str(error).splitlines()[0]}; is the disk full?"
+    if name := not_finite(state):
         raise InputError(
-            f"cannot save {path} ({reason}); free some space or fix the folder's permissions; "
-            "earlier checkpoints are unchanged"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            f"{name} is not finite after this step, so {path} was not saved; earlier checkpoints are unchanged: "
+            "lower --lr, then run the same command again"
+        )
+    try:
+        with replacing(path) as temporary:
+            torch.save({"schema": SCHEMA, "name": path.name, **state}, temporary)
+            _seal(temporary)
+    except (OSError, RuntimeError) as error:  # a full disk raises either one, depending on when it is detected
+        reason = explanation(error) or f"{str(error).splitlines()[0]}; is the disk full? Free some space"
+        raise InputError(f"cannot save {path} ({reason}); earlier checkpoints are unchanged") from None
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
@@ -72,13 +82,52 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise DamagedCheckpoint("it contains objects other than tensors and plain types; not loaded") from None
     except Exception as error:  # EOFError, RuntimeError …
         raise DamagedCheckpoint(f"torch cannot read it ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not isinstance(state.get("schema", 0), int):
         raise DamagedCheckpoint("it is not a checkpoint of this project")
     if state.get("schema", 0) > SCHEMA:
         raise InputError(f"{path} was written by a newer version of this project; update the project")
     if state.get("name", path.name) != path.name:
         raise DamagedCheckpoint(f"it is {state['name']} under another name")
-    return upgraded(state)
+    check_contents(state := upgraded(state))
+    return state
+
+
+def check_contents(state: dict) -> None:
+    """Raises DamagedCheckpoint for a part of another type, and for tensors that training cannot have written."""
+    for name in PARTS.keys() & state.keys():
+        if not isinstance(state[name], PARTS[name]):
+            raise DamagedCheckpoint(f"its part {name!r} is of type {type(state[name]).__name__}")
+    for name in ("model", "ema_model"):
+        items = (state.get(name) or {}).items()
+        if not all(isinstance(k, str) and isinstance(w, Tensor) and w.is_floating_point() for k, w in items):
+            raise DamagedCheckpoint(f"its part {name!r} has entries other than weights")
+    for name, tensor in tensors_of(state):
+        # an expanded tensor of a few bytes can stand for terabytes
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise DamagedCheckpoint(f"{name} is not a plain tensor")
+    if name := not_finite(state):
+        raise DamagedCheckpoint(f"{name} is not finite")
+
+
+def require_parts(state: dict, path: Path, *names: str) -> None:
+    """Raises InputError if the checkpoint at `path` lacks one of these parts."""
+    if missing := [name for name in names if name not in state]:
+        raise InputError(f"{path} has no {', '.join(missing)}; restore the file, or choose another checkpoint")
+
+
+def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested dicts and lists, each with its place, such as optimizer.state.3.exp_avg."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors_of(item, f"{name}.{key}" if name else str(key))
+
+
+def not_finite(state: dict) -> str:
+    """The name of a tensor of the model, its EMA or the optimizer that has NaN or infinity, or ""."""
+    parts = {name: state.get(name) for name in ("model", "ema_model", "optimizer")}
+    return next((name for name, tensor in tensors_of(parts) if not torch.isfinite(tensor).all()), "")
 
 
 def upgraded(state: dict) -> dict:
@@ -109,7 +158,9 @@ def stored_digest(path: Path) -> bytes:
 
 
 def verify(path: Path) -> None:
-    """Raises DamagedCheckpoint unless the file matches the checksum that it holds."""
+    """Raises DamagedCheckpoint unless the file matches the checksum that it holds, and is not compressed."""
+    if not path.is_file():
+        raise DamagedCheckpoint("it is not a file")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         remaining = path.stat().st_size - DIGEST_LENGTH
@@ -119,6 +170,9 @@ def verify(path: Path) -> None:
         stored = file.read()
     if stored != digest.hexdigest().encode():
         raise DamagedCheckpoint("its checksum does not match: the file is truncated or modified")
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise DamagedCheckpoint("it is compressed, and could be of any size in memory")
 
 
 def _seal(path: Path) -> None:
@@ -134,41 +188,3 @@ def _seal(path: Path) -> None:
         file.write(digest.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes the rename survive a power failure, where the system supports it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-# ---------------------------------------------------------------------------- any file of a run
-
-
-def temporary_path(path: Path) -> Path:
-    """Where a file is written before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a temporary file and renames it, so that a reader sees the old file or the new one.
-
-    Raises InputError if the file cannot be written.
-    """
-    temporary = temporary_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error}); free some space or choose another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

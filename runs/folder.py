@@ -8,7 +8,7 @@ tmodel_07_weights.pt          the weights of one, without the optimizer, restore
 scores.jsonl                  one line per validation
 tensorboard/                  curves
 model.safetensors             the weights of an exported run, instead of checkpoints
-set_aside/                    checkpoints and scores that an earlier training in this folder left
+set_aside/                    files that an earlier training in this folder left
 run_id                        a random text that tells this run from all others
 .lock                         locked by the training process
 .trainer                      in a mirror: the process that writes it
@@ -31,13 +31,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from config import INVOCATION_FIELDS, Config, InputError, reject_unknown, split_source
-from runs.checkpoint import (
-    DamagedCheckpoint,
-    load_checkpoint,
-    save_checkpoint,
-    weights_for_inference,
-    write_atomically,
-)
+from runs.checkpoint import DamagedCheckpoint, load_checkpoint, require_parts, save_checkpoint, weights_for_inference
+from runs.files import parse_object, read_run_file, write_atomically
 
 WEIGHTS_FOLDER = Path("weights")
 PRETRAINED = (Path("pretrained/toy.en-it"), Path("pretrained/toy.en-de"))  # written by pretrained/make.py
@@ -118,6 +113,11 @@ class RunFolder:
         return self.path / "config.json"
 
     @property
+    def has_config(self) -> bool:
+        """Whether there is anything of this name: what is no regular file is an error when it is read."""
+        return os.path.lexists(self.config_file)
+
+    @property
     def scores_file(self) -> Path:
         return self.path / "scores.jsonl"
 
@@ -128,6 +128,10 @@ class RunFolder:
     @property
     def trainer_file(self) -> Path:
         return self.path / ".trainer"
+
+    @property
+    def run_id_file(self) -> Path:
+        return self.path / "run_id"
 
     @property
     def exported_weights(self) -> Path:
@@ -145,17 +149,22 @@ class RunFolder:
         return self.path / f"{MODEL_BASENAME}{name}.pt"
 
     def checkpoints(self) -> list[Path]:
-        """All checkpoints, oldest first: sorted by number (100 after 99), the end of an epoch after its steps."""
-        return sorted(filter(checkpoint_age, self.path.glob(f"{MODEL_BASENAME}*.pt")), key=checkpoint_age)
+        """All checkpoints, oldest first: sorted by number (100 after 99), the end of an epoch after its steps.
+
+        Folders, pipes, devices and broken links of such a name are none.
+        """
+        found = filter(checkpoint_age, self.path.glob(f"{MODEL_BASENAME}*.pt"))
+        return sorted((path for path in found if path.is_file()), key=checkpoint_age)
 
     def epoch_checkpoints(self) -> list[Path]:
         """The checkpoints at the end of an epoch, oldest first."""
         return [path for path in self.checkpoints() if ends_epoch(path)]
 
     def other_files(self) -> list[Path]:
-        """All files but checkpoints, what was set aside, temporary files and locks, at any depth."""
+        """All files but checkpoints, what was set aside, temporary files, locks and links, at any depth."""
         skipped = {self.path / ".lock", self.trainer_file, *self.checkpoints()}
-        files = (path for path in sorted(self.path.rglob("*")) if path.is_file() and path not in skipped)
+        found = (path for path in sorted(self.path.rglob("*")) if path.is_file() and not path.is_symlink())
+        files = (path for path in found if path not in skipped)
         aside = self.path / SET_ASIDE
         return [path for path in files if not path.name.endswith(".tmp") and aside not in path.parents]
 
@@ -164,13 +173,12 @@ class RunFolder:
     @property
     def run_id(self) -> str:
         """The identity of the run, or "" if it has none yet."""
-        path = self.path / "run_id"
-        return path.read_text(encoding="utf8").strip() if path.is_file() else ""
+        return read_run_file(self.run_id_file).strip() if os.path.lexists(self.run_id_file) else ""
 
     def save_run_id(self) -> None:
         """Gives the run an identity if it has none."""
         if not self.run_id:
-            write_atomically(self.path / "run_id", uuid4().hex + "\n")
+            write_atomically(self.run_id_file, uuid4().hex + "\n")
 
     def save_config(self, config: Config) -> None:
         kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in INVOCATION_FIELDS}
@@ -179,13 +187,13 @@ class RunFolder:
     def load_config(self) -> Config:
         """The config of the run. Raises InputError if config.json is missing or invalid."""
         path = self.config_file
-        if not path.is_file():
+        if not self.has_config:
             raise InputError(
                 f"no run in {str(self)!r}: it has no config.json; train one, "
                 f"for example with python train.py --preset toy --run-dir {self}"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf8"))
+            values = parse_object(read_run_file(path))
             reject_unknown(values)
             # Runs written before these settings existed kept every checkpoint and had one dropout probability.
             inner = dict.fromkeys(("attention_dropout", "feed_forward_dropout"), values.get("dropout", 0.1))
@@ -199,10 +207,13 @@ class RunFolder:
         Raises InputError if the file is damaged.
         """
         path = self.scores_file
-        if not path.is_file():
+        if not os.path.lexists(path):
             return []
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+            rows = [parse_object(line) for line in read_run_file(path).splitlines()]
+            for row in rows:
+                check_score(row)
+            return rows
         except ValueError as error:
             raise InputError(f"{path} cannot be read ({error}); remove the damaged line, or restore the file") from None
 
@@ -221,7 +232,7 @@ class RunFolder:
     def save(self, state: dict) -> Path:
         """Writes a checkpoint and returns its path. Removes all within epochs except this one and the one before it."""
         path = self.checkpoint(**state["progress"])
-        save_checkpoint(path, state)
+        save_checkpoint(path, {**state, "run_id": self.run_id})
         within_epoch = [file for file in self.checkpoints() if not ends_epoch(file)]
         position = within_epoch.index(path) if path in within_epoch else -1
         keep = within_epoch[max(0, position - 1) : position + 1]
@@ -256,6 +267,13 @@ class RunFolder:
 
     # ------------------------------------------------------------------------ reading checkpoints
 
+    def load(self, path: Path) -> dict:
+        """The state of a checkpoint. Raises DamagedCheckpoint, also if it belongs to another run."""
+        state = load_checkpoint(path)
+        if self.run_id and state.get("run_id", self.run_id) != self.run_id:
+            raise DamagedCheckpoint("it belongs to another run than run_id beside it")
+        return state
+
     def load_newest(self) -> tuple[Path, dict] | None:
         """Path and state of the newest checkpoint that training can resume from; None if there is no checkpoint.
 
@@ -264,7 +282,7 @@ class RunFolder:
         files = [path for path in self.checkpoints() if not has_weights_only(path)]
         for path in reversed(files):
             try:
-                return path, load_checkpoint(path)
+                return path, self.load(path)
             except DamagedCheckpoint as error:
                 warn_skipped(path, error)
         if self.checkpoints():
@@ -285,7 +303,8 @@ class RunFolder:
         mean: dict[str, Tensor] = {}
         for path in files:
             try:
-                state = load_checkpoint(path)
+                state = self.load(path)
+                require_parts(state, path, "model", "ema_model")
             except FileNotFoundError:  # removed by a training process in the meantime
                 continue
             except DamagedCheckpoint as error:
@@ -315,7 +334,8 @@ class RunFolder:
         if average > 1:
             raise InputError(f"--average {average} goes with --weights best or latest, not with one epoch")
         files = self.checkpoints()
-        found = [path for path in files if whole(path).stem == f"{MODEL_BASENAME}{weights.zfill(2)}"]
+        name = f"{MODEL_BASENAME}{weights.zfill(2)}" if weights else ""
+        found = [path for path in files if whole(path).stem == name]
         if not found:
             available = ", ".join(path.name for path in files) or "none"
             raise InputError(f"no weights {weights!r} in {self}: give best, latest or one of {available}")
@@ -352,18 +372,19 @@ class RunFolder:
             raise InputError(f"cannot create {self} ({error}); choose another --run-dir") from None
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run's lock; raises InputError if another process holds it. It is released when the process ends.
+    def locked(self, flag: str = "--run-dir") -> Iterator[None]:
+        """Holds the lock of a run or, with another `flag`, of a mirror; it is released when the process ends.
 
-        Warns if the file system has no locks, as some network file systems.
+        Raises InputError if another process holds it. Warns if the file system has no locks, as some network ones.
         """
-        lock = FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False)
+        file = self.path / ".lock"
+        if file.exists() and not file.is_file():
+            raise InputError(f"{file} is a pipe, a device or a folder; remove it")
+        lock = FileLock(file, timeout=0, fallback_to_soft=False)
         try:
             lock.acquire()
         except Timeout:
-            raise InputError(
-                f"another process is training in {self}; wait for it, or choose another --run-dir"
-            ) from None
+            raise InputError(f"another process is training in {self}; wait for it, or choose another {flag}") from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -372,12 +393,6 @@ class RunFolder:
             yield
         finally:
             lock.release()
-
-
-def check_new_folder(folder: Path) -> None:
-    """Raises InputError if the folder exists and is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} already exists; give a new or an empty folder")
 
 
 def checkpoint_age(path: Path) -> tuple[int, float] | None:
@@ -402,9 +417,25 @@ def ends_epoch(path: Path) -> bool:
 
 
 def merits(rows: list[dict], best_by: str) -> list[float]:
-    """One number per validation, higher is better: the score `best_by` if every row has it, otherwise -loss."""
+    """One number per validation, higher is better: the score `best_by` if every row has it, otherwise -loss.
+
+    A score that is not finite is worse than all others.
+    """
     by_score = best_by != "loss" and all(best_by in row for row in rows)
-    return [row[best_by] if by_score else -row["loss"] for row in rows]
+    values = [row[best_by] if by_score else -row["loss"] for row in rows]
+    return [value if math.isfinite(value) else -math.inf for value in values]
+
+
+def check_score(row: dict) -> None:
+    """Raises ValueError unless the row is one of scores.jsonl."""
+    for name in ("epoch", "batch", "step"):
+        if type(row.get(name)) is not int or row[name] < 0:
+            raise ValueError(f"{name} is {row.get(name)!r}")
+    for name, value in row.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"{name} is {value!r}")
+    if "loss" not in row:
+        raise ValueError("it has no loss")
 
 
 def update_mean(mean: dict[str, Tensor], new: dict[str, Tensor], count: int) -> None:

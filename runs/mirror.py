@@ -8,10 +8,11 @@ emptied first. A copied checkpoint is verified before it gets its final name. (A
 on this machine and upload later; that cannot be seen from here.)
 """
 
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
@@ -22,10 +23,10 @@ from runs.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     stored_digest,
-    temporary_path,
     verify,
     without_optimizer,
 )
+from runs.files import temporary_path
 from runs.folder import WEIGHTS_ONLY, RunFolder, checkpoint_age, ends_epoch, has_weights_only, warn_skipped, whole
 
 TRAINER = uuid4().hex  # this process, in the mirrors that it writes
@@ -87,6 +88,17 @@ def restore(mirror: RunFolder, run: RunFolder) -> bool:
     except OSError as error:
         raise InputError(f"cannot restore the run from {mirror} ({error}); fix it, or omit --mirror-dir") from None
     return True
+
+
+@contextlib.contextmanager
+def locked(mirror: RunFolder) -> Iterator[None]:
+    """Creates the mirror and locks it. Raises InputError if another process on this machine writes it."""
+    try:
+        mirror.path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into --mirror-dir {mirror} ({error}); fix it, or omit --mirror-dir") from None
+    with mirror.locked("--mirror-dir"):
+        yield
 
 
 def begin(mirror: RunFolder, parameters: int, has_ema: bool) -> None:

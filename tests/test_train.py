@@ -247,7 +247,7 @@ def test_the_parts_above_are_all_that_a_checkpoint_restores(tiny_config):
     """The other parts are only compared when a run resumes; other tests change each of them."""
     train_model(replace(tiny_config, max_steps=1, ema_decay=0.9))
     state = load_checkpoint(checkpoints(tiny_config)[-1])
-    compared = {"schema", "name", "config", "corpus", "tokenizers"}
+    compared = {"schema", "name", "config", "corpus", "validation", "tokenizers", "run_id"}
     assert set(state) - compared == {"scaler"} | {field.split(".")[0] for field in STATE}  # scaler: used in fp16 only
     assert set(state["progress"]) == {field.split(".")[1] for field in STATE if field.startswith("progress")}
 
@@ -306,7 +306,8 @@ def test_training_from_scratch_moves_the_files_of_the_earlier_run(tiny_config, c
     assert "the files of an earlier run were moved to" in capsys.readouterr().out
     assert [p.name for p in checkpoints(tiny_config)] == ["tmodel_00.pt"]
     moved = {path.name for path in (run_path(tiny_config) / "set_aside").iterdir()}
-    assert moved == {"tmodel_00.pt", "tmodel_01.pt", "scores.jsonl"}
+    others = {"config.json", "run_id", "tokenizer_en.json", "tokenizer_it.json"}
+    assert moved == {"tmodel_00.pt", "tmodel_01.pt", "scores.jsonl"} | others
     with pytest.raises(InputError, match=r"none\.tsv"):  # bad input moves no files
         train_model(replace(tiny_config, preload="none", datasource="none.tsv"))
     assert [p.name for p in checkpoints(tiny_config)] == ["tmodel_00.pt"]

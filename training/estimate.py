@@ -4,10 +4,13 @@ The time is that of the FLOPs at an assumed share of the GPU's peak or, for smal
 launch the GPU's kernels. Expect errors of a factor of two.
 """
 
+import shutil
+from pathlib import Path
+
 from torch import nn
 
 from compute.ops import LOGITS_PER_CHUNK
-from config import Config
+from config import Config, InputError
 from model import Transformer
 
 # FLOP/s by GPU and precision: the peak of the data sheet times an assumed, not measured, share. A d_model of 512 is
@@ -20,6 +23,10 @@ SECONDS_PER_BLOCK = 2e-3  # assumed, to launch the kernels of a block: forward, 
 
 # Resident memory of a process with PyTorch, and of the kernels that oneDNN keeps in bf16 (benchmarks/README.md).
 CPU_PROCESS_BYTES, CPU_BF16_BYTES = 0.5e9, 2.5e9
+
+
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps the batches that data loader workers hand over
+PREFETCHED = 2  # batches per worker, PyTorch's default
 
 
 def training_flops(model: Transformer, tokens: float) -> float:
@@ -67,3 +74,20 @@ def estimated_memory(config: Config, model: Transformer, device_type: str, preci
     if device_type == "cpu":
         memory += CPU_PROCESS_BYTES + (CPU_BF16_BYTES if precision == "bf16" else 0)
     return memory
+
+
+def check_shared_memory(config: Config) -> None:
+    """Raises InputError if /dev/shm is too small for the batches of data loader workers, as in a Docker container.
+
+    A batch that does not fit is lost, and training would wait for it without end.
+    """
+    if not config.num_workers or not SHARED_MEMORY.is_dir():
+        return
+    tokens = config.batch_tokens or config.batch_size * config.seq_len
+    batch = tokens * (5 * 8 + config.seq_len)  # bytes: five tensors of int64, and the decoder mask
+    needed, free = config.num_workers * PREFETCHED * batch, shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise InputError(
+            f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, --num-workers {config.num_workers} may need "
+            f"{needed / 1e6:,.1f} MB; lower it, or give the container more (docker run --shm-size)"
+        )

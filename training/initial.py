@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from compute import distributed
-from config import INHERITED_FIELDS, Config, InputError
+from config import INHERITED_FIELDS, Config, InputError, changed_settings
 from dataset import BYTES, UNK, BilingualDataset
 from runs.folder import RunFolder
 from training.state import TrainingState
@@ -29,14 +30,9 @@ def load_initial_run(config: Config) -> Translator | None:
     initial = Translator.load(config.init_from, "cpu", config.init_weights)
     if initial.folder.path.resolve() == RunFolder.of(config).path.resolve():
         raise InputError(f"the new run would be in {config.init_from}, the run to start from; give another --run-dir")
-    changed = [
-        f"{name} {getattr(initial.config, name)!r} there, {getattr(config, name)!r} here"
-        for name in INHERITED_FIELDS
-        if getattr(initial.config, name) != getattr(config, name)
-    ]
-    if changed:
+    if changed := changed_settings(asdict(initial.config), config, INHERITED_FIELDS, "here"):
         raise InputError(
-            f"the weights of {config.init_from} do not fit: {'; '.join(changed)}; "
+            f"the weights of {config.init_from} do not fit: {changed}; "
             "omit these settings, or train without --init-from"
         )
     return initial

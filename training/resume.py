@@ -1,15 +1,17 @@
 """The checkpoint that a run resumes from, and whether it matches the current settings and corpus."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from config import FIXED_FIELDS, Config, InputError
-from dataset import BilingualDataset
-from runs.checkpoint import DamagedCheckpoint, load_checkpoint
+from config import FIXED_FIELDS, Config, InputError, changed_settings
+from dataset import Batches, BilingualDataset
+from runs.checkpoint import DamagedCheckpoint, require_parts
 from runs.folder import RunFolder
 from training.initial import load_initial_run
+from training.state import TrainingState
 from translate import Translator, check_tokenizers
+
+RESUMED_PARTS = ("model", "ema_model", "optimizer", "progress", "rng", "config", "corpus", "tokenizers")
 
 
 class ResumePoint(NamedTuple):
@@ -28,16 +30,22 @@ def find_resume_point(folder: RunFolder, config: Config) -> ResumePoint:
     has other settings.
     """
     files = folder.checkpoints()
-    scores = [folder.scores_file] if folder.scores_file.is_file() else []
+    scores = [folder.scores_file] if folder.read_scores() else []
     if config.preload == "none":
-        return ResumePoint(None, None, files + scores, load_initial_run(config))
+        others = (folder.config_file, folder.run_id_file, *map(folder.tokenizer_file, languages(config)))
+        return ResumePoint(None, None, files + scores + [p for p in others if p.is_file()], load_initial_run(config))
     found = folder.load_newest() if config.preload == "latest" else load_epoch(folder, int(config.preload))
     if found is None:
         return ResumePoint(None, None, scores, load_initial_run(config))
     path, state = found
+    require_parts(state, path, *RESUMED_PARTS)
     check_same_settings(config, state["config"], path)
     later = files[files.index(path) + 1 :] if config.preload != "latest" else []
     return ResumePoint(path, state, later)
+
+
+def languages(config: Config) -> tuple[str, str]:
+    return config.lang_src, config.lang_tgt
 
 
 def load_epoch(folder: RunFolder, epoch: int) -> tuple[Path, dict]:
@@ -46,32 +54,56 @@ def load_epoch(folder: RunFolder, epoch: int) -> tuple[Path, dict]:
         available = ", ".join(file.name for file in folder.checkpoints()) or "none"
         raise InputError(f"no checkpoint {path}; available: {available}")
     try:
-        return path, load_checkpoint(path)
+        return path, folder.load(path)
     except DamagedCheckpoint as error:
         raise InputError(f"{path} is damaged ({error}); choose another epoch, or --preload latest") from None
 
 
 def check_same_settings(config: Config, saved: dict, path: Path) -> None:
     """Raises InputError if one of FIXED_FIELDS differs from the saved settings."""
-    saved = {**asdict(Config()), **saved}  # settings that did not exist yet had their defaults
-    changed = [
-        f"{name} {saved[name]!r} there, {getattr(config, name)!r} now"
-        for name in FIXED_FIELDS
-        if saved[name] != getattr(config, name)
-    ]
-    if changed:
+    if changed := changed_settings(saved, config, FIXED_FIELDS):
         raise InputError(
-            f"{path} was trained with other settings: {'; '.join(changed)}; "
+            f"{path} was trained with other settings: {changed}; "
             "give the same ones, another --run-dir, or --preload none"
         )
 
 
-def check_same_data(folder: RunFolder, config: Config, train: BilingualDataset, resume_point: ResumePoint) -> None:
+def check_same_data(
+    folder: RunFolder,
+    config: Config,
+    train: BilingualDataset,
+    validation: BilingualDataset,
+    resume_point: ResumePoint,
+) -> None:
     """Raises InputError if the corpus or the tokenizers differ from those of the checkpoint."""
     path, state = resume_point.path, resume_point.state
-    if state["corpus"] != train.fingerprint:
+    # Earlier versions saved the first part of the fingerprint only, or none of the validation set.
+    if not train.fingerprint.startswith(state["corpus"] or "?"):
         raise InputError(
-            f"the corpus has changed since {path} was saved ({state['corpus'].split()[0]} training pairs then, "
+            f"the corpus has changed since {path} was saved ({state['corpus'].partition(' ')[0]} training pairs then, "
             f"{len(train)} now); restore it, or train in another --run-dir"
         )
+    if state.get("validation", validation.fingerprint) != validation.fingerprint:
+        raise InputError(
+            f"the validation set has changed since {path} was saved ({state['validation'].partition(' ')[0]} pairs "
+            f"then, {len(validation)} now); restore it, or train in another --run-dir"
+        )
     check_tokenizers(folder, config, state, path)
+
+
+def load_state(state: TrainingState, config: Config, train: BilingualDataset, resume_point: ResumePoint) -> None:
+    """Restores the checkpoint's state. Raises InputError if its values do not fit the model or the corpus."""
+    path, saved = resume_point.path, resume_point.state
+    try:
+        state.load_state_dict(saved)
+        progress = state.progress
+        if progress.batch and progress.batch >= len(Batches(train, config, progress.epoch)):
+            raise ValueError(f"it is at batch {progress.batch} of an epoch")
+        is_complete = not progress.step or len(saved["optimizer"]["state"]) == len(list(state.model.parameters()))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path} does not fit this model ({reason}); restore the file, or resume from another epoch with --preload"
+        ) from error
+    if not is_complete:
+        raise InputError(f"{path} lacks a part of the optimizer's state; restore the file, or choose another --preload")

@@ -25,6 +25,11 @@ class Progress:
     batch: int = 0
     step: int = 0
 
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} is {value!r}")
+
 
 @dataclass
 class TrainingState:
@@ -112,14 +117,15 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
 
 
 def check_moments(saved: dict[int, dict], optimizer: torch.optim.AdamW) -> None:
-    """Raises InputError if saved moments have other shapes than the parameters: PyTorch would read beyond them."""
+    """Raises InputError if saved moments have other shapes than they should: PyTorch would read beyond them."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, moments in saved.items():
         shape = tuple(parameters[index].shape)
-        for found in (tuple(moments["exp_avg"].shape), tuple(moments["exp_avg_sq"].shape)):
-            if found != shape:
+        for name, expected in (("exp_avg", shape), ("exp_avg_sq", shape), ("step", ())):
+            if tuple(moments[name].shape) != expected or not moments[name].is_floating_point():
+                found = f"shape {tuple(moments[name].shape)} ({moments[name].dtype})"
                 raise InputError(
-                    f"the checkpoint has an optimizer state of shape {found} for weights of shape {shape}; "
+                    f"the checkpoint has an optimizer state of {found} for weights of shape {shape}; "
                     "restore the file, or resume from another epoch with --preload"
                 )
 
