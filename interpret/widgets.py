@@ -18,7 +18,8 @@ def sentence_box(translator: Translator, sentence: str, show: Callable[[str], ob
     text = ipywidgets.Text(
         sentence, placeholder="Type a sentence and press Enter", continuous_update=False, layout=wide
     )
-    answer, picture = ipywidgets.Textarea(disabled=True, rows=2, layout=wide), ipywidgets.Image(format="png")
+    answer = ipywidgets.Textarea(disabled=True, rows=2, layout=wide)
+    picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})  # in its own size
 
     def update(_change: dict | None = None) -> None:
         unknown, png = [], b""
