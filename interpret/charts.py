@@ -382,14 +382,12 @@ def render_vega_and_png(spec: dict, **_) -> dict:
     """The output of a notebook cell: the Vega-Lite specification and a PNG. No HTML, which viewers would prefer.
 
     JupyterLab renders Vega-Lite 5.6 and warns about the schema of a later version. The charts are valid in versions 5
-    and 6, so the specification names version 5. The PNG has a palette of 128 colors, which is a fifth of the size of
-    true color.
+    and 6, so the specification names version 5.
     """
     title = spec.get("title", "chart")
-    png = vl_convert.vegalite_to_png(spec, ppi=96)
     return {
         "application/vnd.vegalite.v5+json": {**spec, "$schema": VEGA_LITE_5},
-        "image/png": base64.b64encode(with_palette(png)).decode(),
+        "image/png": base64.b64encode(small_png(spec)).decode(),
         "text/plain": f"<{title['text'] if isinstance(title, dict) else title}>",
     }
 
@@ -412,12 +410,12 @@ class EscapedJSON(json.JSONEncoder):
         return super().encode(o).replace("<", "\\u003c")
 
 
-def with_palette(png: bytes, colors: int = 128) -> bytes:
-    """A PNG with at most this number of colors.
+def small_png(spec: dict, colors: int = 128) -> bytes:
+    """A chart as a PNG with a palette of this number of colors, a fifth of the size of true color.
 
     Maximum coverage keeps the rare dark cells of a heat map: no color is off by more than 7 of 255 in the grids of
     Attention_Visualization.ipynb. The default, median cut, is off by up to 95.
     """
-    image, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    image, out = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, ppi=96))).convert("RGB"), io.BytesIO()
     image.quantize(colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()

@@ -3,29 +3,41 @@
 from collections.abc import Callable
 
 import ipywidgets
-from IPython.display import display
 
 from config import InputError
 from translate import Translator
 
 
 def sentence_box(translator: Translator, sentence: str, show: Callable[[str], object]) -> ipywidgets.VBox:
-    """A text box and, below it, what `show` returns for its sentence; Enter updates it. Unknown words are listed.
+    """A text box and, below it, what `show` returns for its sentence, a string or a chart; Enter updates it.
 
-    A string is printed as plain text, so nothing that is typed becomes HTML; anything else is displayed as in a cell.
+    Words that are not in the vocabulary are listed. Text is in a text area and a chart is a PNG, so nothing that is
+    typed becomes HTML. (An Output widget would show a chart as cells do, but nbclient sometimes hangs with one.)
     """
+    wide = {"width": "min(100%, 700px)"}
+    text = ipywidgets.Text(
+        sentence, placeholder="Type a sentence and press Enter", continuous_update=False, layout=wide
+    )
+    answer = ipywidgets.Textarea(disabled=True, rows=2, layout=wide)
+    picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})  # in its own size
 
-    def update(sentence: str) -> None:
+    def update(_change: dict | None = None) -> None:
+        unknown, png = [], b""
         try:
-            if unknown := translator.unknown_words(sentence):
-                print(f"not in the vocabulary of this run: {', '.join(unknown)}")
-            shown = show(sentence)
+            unknown = translator.unknown_words(text.value)
+            shown = show(text.value)
         except InputError as error:
             shown = str(error)
-        print(shown) if isinstance(shown, str) else display(shown)
+        if not isinstance(shown, str):
+            from interpret.charts import small_png  # the packages of requirements-charts.txt
 
-    layout = ipywidgets.Layout(width="min(100%, 700px)")
-    text = ipywidgets.Text(
-        sentence, continuous_update=False, placeholder="Type a sentence and press Enter", layout=layout
-    )
-    return ipywidgets.VBox([text, ipywidgets.interactive_output(update, {"sentence": text})])
+            shown, png = "", small_png(shown.to_dict())
+        if unknown:
+            shown = f"not in the vocabulary of this run: {', '.join(unknown)}\n{shown}"
+        answer.value, picture.value = shown, png
+        for part in (answer, picture):
+            part.layout.display = None if part.value else "none"
+
+    text.observe(update, "value")
+    update()
+    return ipywidgets.VBox([text, answer, picture])
