@@ -133,6 +133,8 @@ class Translator:
         path, is_export = folder.exported_weights, folder.exported_weights.is_file()
         if is_export and (weights, average) != ("best", 1):
             raise InputError(f"{folder} holds one set of exported weights; omit --weights and --average")
+        if is_export:
+            folder.verify_export()
         if not is_export:
             path, loaded, state = folder.load_weights(weights, average, config.best_by)
             check_same_model(config, state, path)

@@ -1,6 +1,7 @@
 """Files of a run and of exports: written beside and renamed; read only if they are regular files of sensible size."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -114,6 +115,12 @@ def read_run_file(path: Path) -> str:
         return path.read_text(encoding="utf8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 ({error}); restore it") from None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_object(text: str) -> dict[str, Any]:

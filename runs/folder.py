@@ -8,6 +8,7 @@ tmodel_07_weights.pt          the weights of one, without the optimizer, restore
 scores.jsonl                  one line per validation
 tensorboard/                  curves
 model.safetensors             the weights of an exported run, instead of checkpoints
+model.safetensors.sha256      their checksum
 set_aside/                    files that an earlier training in this folder left
 run_id                        a random text that tells this run from all others
 .lock                         locked by the training process
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from config import INVOCATION_FIELDS, Config, InputError, reject_unknown, split_source
 from runs.checkpoint import DamagedCheckpoint, load_checkpoint, require_parts, save_checkpoint, weights_for_inference
-from runs.files import parse_object, read_run_file, write_atomically
+from runs.files import parse_object, read_run_file, sha256, write_atomically
 
 WEIGHTS_FOLDER = Path("weights")
 PRETRAINED = (Path("pretrained/toy.en-it"), Path("pretrained/toy.en-de"))  # written by pretrained/make.py
@@ -76,7 +77,7 @@ class RunFolder:
         try:
             from huggingface_hub import snapshot_download  # imported here because it takes half a second
 
-            return cls(snapshot_download(str(name), allow_patterns=[WEIGHTS_FILE, "*.json"]))
+            return cls(snapshot_download(str(name), allow_patterns=[f"{WEIGHTS_FILE}*", "*.json"]))
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"no folder {name}, and no such repository on the Hugging Face Hub ({reason})") from None
@@ -136,6 +137,10 @@ class RunFolder:
     @property
     def exported_weights(self) -> Path:
         return self.path / WEIGHTS_FILE
+
+    @property
+    def checksum_file(self) -> Path:
+        return self.path / f"{WEIGHTS_FILE}.sha256"
 
     def tokenizer_file(self, lang: str) -> Path:
         return self.path / f"tokenizer_{lang}.json"
@@ -352,6 +357,19 @@ class RunFolder:
         rows = self.read_scores()
         paths = [self.checkpoint(row["epoch"], row["batch"], row["step"]) for row in rows]
         return dict(zip(paths, merits(rows, best_by), strict=True))
+
+    # ------------------------------------------------------------------------ exported weights
+
+    def write_checksum(self) -> None:
+        """Writes the SHA-256 of the exported weights, in the format of sha256sum."""
+        write_atomically(self.checksum_file, f"{sha256(self.exported_weights)}  {WEIGHTS_FILE}\n")
+
+    def verify_export(self) -> None:
+        """Raises InputError if the exported weights do not match their checksum; earlier exports have none."""
+        if not self.checksum_file.is_file():
+            return
+        if read_run_file(self.checksum_file).split()[:1] != [sha256(self.exported_weights)]:
+            raise InputError(f"{self.exported_weights} does not match {self.checksum_file.name}; copy the folder again")
 
     # ------------------------------------------------------------------------ one process at a time
 

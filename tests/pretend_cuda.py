@@ -208,6 +208,7 @@ class PretendedCuda(contextlib.ExitStack):
                 "get_device_name": lambda *_: "Pretended GPU",
                 "get_device_capability": lambda *_: self.capability,
                 "max_memory_allocated": lambda *_: 0,
+                "is_current_stream_capturing": lambda: False,  # a CUDA build without a driver would raise
                 "get_rng_state_all": lambda: [torch.get_rng_state()],
                 "set_rng_state_all": lambda states: None,
             },

@@ -1,5 +1,6 @@
 """Exported runs translate as the original does, in CTranslate2 and as safetensors."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def test_safetensors_load_from_a_folder_or_from_the_hub(trained_run, translator,
     folder = tmp_path / "hub"
     main(output_dir=str(folder), run_dir=str(trained_run), form="safetensors")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"README.md", "config.json", "model.safetensors", "tokenizer_en.json", "tokenizer_it.json"}
+    weights = {"model.safetensors", "model.safetensors.sha256"}
+    assert names == weights | {"README.md", "config.json", "tokenizer_en.json", "tokenizer_it.json"}
     sentences = ["I can eat an apple.", "She sleeps."]
     assert Translator.load(folder, "cpu").translate(sentences) == translator.translate(sentences)
     weights = Translator.load(folder, "cpu").model.state_dict()
@@ -103,8 +105,23 @@ def test_safetensors_load_from_a_folder_or_from_the_hub(trained_run, translator,
     with pytest.raises(InputError, match="no run in 'weights/nothing'"):
         Translator.load("weights/nothing")  # weights/ is never a Hub user
     (folder / "model.safetensors").write_bytes(b"no")
+    (folder / "model.safetensors.sha256").unlink()
     with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
         Translator.load(folder, "cpu")
+
+
+def test_exported_weights_with_a_flipped_bit_are_refused(translator, tmp_path):
+    to_safetensors(translator, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    expected = (tmp_path / "model.safetensors.sha256").read_text().split()
+    assert expected == [hashlib.sha256(weights.read_bytes()).hexdigest(), "model.safetensors"]
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1000] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(InputError, match="does not match"):
+        Translator.load(tmp_path)
+    (tmp_path / "model.safetensors.sha256").unlink()  # as in exports of earlier versions
+    Translator.load(tmp_path)
 
 
 def test_a_folder_that_is_not_empty_is_not_written_to(trained_run, tmp_path):
