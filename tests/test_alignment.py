@@ -76,7 +76,7 @@ def test_the_command_prints_links_between_words_and_a_blank_line_for_a_blank_one
 
     stdin = io.TextIOWrapper(io.BytesIO(b"I can eat an apple.\n\nShe sleeps.\n"))
     monkeypatch.setattr(sys, "stdin", stdin)
-    main(run_dir=str(trained_run), alignments=True, device="cpu")
+    main(run_dir=(str(trained_run),), alignments=True, device="cpu")
     first, blank, last = capsys.readouterr().out.splitlines()
     assert blank == ""
     for line, words in ((first, 6), (last, 3)):
@@ -84,5 +84,5 @@ def test_the_command_prints_links_between_words_and_a_blank_line_for_a_blank_one
         assert all(0 <= i < words for i, _ in links)
         assert [j for _, j in links] == sorted({j for _, j in links})  # each target word once
     with pytest.raises(InputError, match="omit --n-best 2"):
-        main("She sleeps.", run_dir=str(trained_run), alignments=True, n_best=2, beam_size=2)
+        main("She sleeps.", run_dir=(str(trained_run),), alignments=True, n_best=2, beam_size=2)
     assert chosen_aligner(Translator.load(trained_run, "cpu"), 20).shift in (0, 1)

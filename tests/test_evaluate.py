@@ -48,7 +48,7 @@ def test_json_scores_of_two_files(trained_run, tmp_path):
 
 @pytest.mark.slow
 def test_the_scores_of_a_split_are_printed(trained_run, capsys):
-    main(run_dir=str(trained_run), split="test")
+    main(run_dir=(str(trained_run),), split="test")
     out = capsys.readouterr().out
     assert "test split, 1,000 sentences, beam 1" in out
     assert "exact match" in out
@@ -60,18 +60,18 @@ def test_the_translations_are_saved_one_per_line(trained_run, tmp_path, capsys):
     (tmp_path / "a.en").write_text("She sleeps.\n\nI can eat an apple.\n")
     (tmp_path / "a.it").write_text("Dorme.\n\nPosso mangiare una mela.\n")
     files = {"source": str(tmp_path / "a.en"), "reference": str(tmp_path / "a.it"), "output": str(tmp_path / "out")}
-    main(run_dir=str(trained_run), **files)
+    main(run_dir=(str(trained_run),), **files)
     expected = Translator.load(trained_run).translate(["She sleeps.", "", "I can eat an apple."])
     assert (tmp_path / "out").read_text(encoding="utf8").split("\n") == [*expected, ""]
     with pytest.raises(InputError, match=r"cannot write .*; give the name of a file in an existing folder"):
-        main(run_dir=str(trained_run), output=str(tmp_path / "none" / "out"))
+        main(run_dir=(str(trained_run),), output=str(tmp_path / "none" / "out"))
 
 
 @pytest.mark.slow
 def test_a_sentence_longer_than_seq_len_counts_as_a_blank_translation(trained_run, tmp_path, capsys):
     (tmp_path / "a.en").write_text("She sleeps.\n" + "I " * 80 + "\n")
     (tmp_path / "a.it").write_text("Dorme.\nIo\n")
-    main(run_dir=str(trained_run), source=str(tmp_path / "a.en"), reference=str(tmp_path / "a.it"))
+    main(run_dir=(str(trained_run),), source=str(tmp_path / "a.en"), reference=str(tmp_path / "a.it"))
     out = capsys.readouterr()
     assert "line 2 is left blank" in out.err
     assert "2 sentences" in out.out
@@ -99,4 +99,4 @@ def test_bad_arguments_raise_one_line(trained_run, tmp_path, monkeypatch, flags,
     (tmp_path / "b.it").write_text("1\n")
     (tmp_path / "empty").touch()
     with pytest.raises(InputError, match=message):
-        main(run_dir=str(trained_run), **flags)
+        main(run_dir=(str(trained_run),), **flags)
