@@ -29,6 +29,8 @@ MEAN_LENGTH = 27  # mean number of tokens in a synthetic sentence
 class SyntheticPairs:
     """Pairs of random token ids, with lengths distributed as in real text. `Batches` accepts it as a dataset."""
 
+    growth = 1.0  # without BPE-dropout
+
     def __init__(self, count: int, vocab_size: int, mean_length: float = MEAN_LENGTH, seed: int = 0):
         rng = np.random.default_rng(seed)
         self.src_lengths = np.clip(rng.lognormal(np.log(mean_length) - 0.125, 0.5, count), 3, 200).astype(np.int32)
