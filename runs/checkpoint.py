@@ -127,7 +127,11 @@ def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def not_finite(state: dict) -> str:
     """The name of a tensor of the model, its EMA or the optimizer that has NaN or infinity, or ""."""
     parts = {name: state.get(name) for name in ("model", "ema_model", "optimizer")}
-    return next((name for name, tensor in tensors_of(parts) if not torch.isfinite(tensor).all()), "")
+    tensors = {name: tensor for name, tensor in tensors_of(parts) if tensor.dim()}  # not the numbers of steps
+    if not tensors:
+        return ""
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()  # one wait for a GPU
+    return next((name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite), "")
 
 
 def upgraded(state: dict) -> dict:
