@@ -455,14 +455,15 @@ def test_hostile_text_never_runs(page):
 def test_the_app_answers_soon(page):
     """The limits are generous, as other processes may slow the app down; -s prints the medians."""
     texts = ".st-key-chart_ribbons svg text"
-    sentences = [f"{subject} eat {thing}." for thing in ("an apple", "bread") for subject in ("We", "They", "You")]
+    things = "an apple", "bread", "the soup", "a cake", "the cheese"
+    sentences = [f"{subject} eat {thing}." for thing in things for subject in ("We", "They", "You", "I")]
     typing = [page.took("input", texts, [s.split()[0], "."], lambda s=s: page.type(s)) for s in sentences]
     page.click(page.button("Switch off"))
     page.wait()
     clicks = []
-    for head in page.labels("gallery", "head")[:6]:
+    for head in (page.labels("gallery", "head")[:10]) * 2:  # off, then on again
         element = page.one(f".st-key-chart_gallery [aria-label='{head}']")
         clicks.append(page.took("click", ".note", [], lambda e=element: page.click(e)))
-    print(f"sentence {statistics.median(typing):.0f} ms, head {statistics.median(clicks):.0f} ms (medians of 6)")
+    print(f"sentence {statistics.median(typing):.0f} ms, head {statistics.median(clicks):.0f} ms (medians of 20)")
     assert min(typing) < 3000
     assert min(clicks) < 2000
