@@ -44,7 +44,8 @@ def test_a_pretrained_run_is_small_has_no_pickle_and_names_no_place(path):
     config = RunFolder(path).load_config()
     tokenizers = {f"tokenizer_{lang}.json" for lang in (config.lang_src, config.lang_tgt)}
     files = sorted(path.iterdir())
-    assert {file.name for file in files} == {"README.md", "config.json", "model.safetensors", *tokenizers}
+    weights = {"model.safetensors", "model.safetensors.sha256"}
+    assert {file.name for file in files} == {"README.md", "config.json", *weights, *tokenizers}
     assert sum(file.stat().st_size for file in files) < 3.2e6
     for file in files:
         content = file.read_bytes()
