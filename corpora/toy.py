@@ -503,10 +503,14 @@ class Pair(NamedTuple):
 def make_pair(clause: Clause, lang_src: str, lang_tgt: str) -> Pair:
     """The clause in both languages, with words that share a role aligned."""
     source, target = _GRAMMARS[lang_src](clause), _GRAMMARS[lang_tgt](clause)
+    positions: dict[str, list[int]] = {}  # source positions by role
+    for i, (_, source_roles) in enumerate(source):
+        for role in source_roles.split():
+            positions.setdefault(role, []).append(i)
     alignment, sure = set(), set()
     for j, (_, target_roles) in enumerate(target):
         for rank, role in enumerate(target_roles.split()):
-            links = {(i, j) for i, (_, source_roles) in enumerate(source) if role in source_roles.split()}
+            links = {(i, j) for i in positions.get(role, ())}
             alignment |= links
             if rank == 0 and len(links) == 1:
                 sure |= links
@@ -516,13 +520,28 @@ def make_pair(clause: Clause, lang_src: str, lang_tgt: str) -> Pair:
 # ---------------------------------------------------------------------------- random clauses
 
 
+@cache
+def _nouns(kinds: tuple[str, ...]) -> list[Noun]:
+    return [noun for noun in NOUNS if noun.kind in kinds]
+
+
+@cache
+def _adjectives(kind: str) -> list[Adjective]:
+    return [adjective for adjective in ADJECTIVES if kind in adjective.kinds]
+
+
+@cache
+def _verbs(of_animals: bool) -> list[Verb]:
+    return [verb for verb in VERBS if verb.en[0] in ANIMAL_VERBS or not of_animals]
+
+
 def _random_noun_phrase(rng: random.Random, kinds: tuple[str, ...], negated: bool = False) -> NounPhrase:
-    noun = rng.choice([noun for noun in NOUNS if noun.kind in kinds])
+    noun = rng.choice(_nouns(kinds))
     plural = rng.random() < 0.35
     determiners = ["the", "the", "this", "my", "your", "our"] + ([] if plural else ["a", "a", "a"])
     if plural and not negated:
         determiners += ["two", "some"]
-    adjective = rng.choice([a for a in ADJECTIVES if noun.kind in a.kinds]) if rng.random() < 0.45 else None
+    adjective = rng.choice(_adjectives(noun.kind)) if rng.random() < 0.45 else None
     return NounPhrase(noun, plural, rng.choice(determiners), adjective)
 
 
@@ -553,7 +572,7 @@ def _with_predicate(clause: Clause, rng: random.Random) -> Clause:
     else:
         subject = _random_noun_phrase(rng, tuple({noun.kind for noun in NOUNS}))._replace(adjective=None)
         kind = subject.noun.kind
-    predicate = rng.choice([a for a in ADJECTIVES if kind in a.kinds])
+    predicate = rng.choice(_adjectives(kind))
     question = clause.question and "yes/no"
     return replace(clause, subject=subject, predicate=predicate, question=question, time=None, time_first=False)
 
@@ -562,7 +581,7 @@ def _with_verb(clause: Clause, rng: random.Random) -> Clause:
     """Adds a verb and, where they apply, a modal and an object."""
     pronoun, question, negated = isinstance(clause.subject, int), clause.question, clause.negated
     animal = not pronoun and clause.subject.noun.kind == "animal"
-    verb = rng.choice([v for v in VERBS if v.en[0] in ANIMAL_VERBS or not animal])
+    verb = rng.choice(_verbs(animal))
     modal = rng.choice(MODALS) if rng.random() < 0.4 else None
     if question == "what" and verb.kinds in ((), ("person",)):  # such verbs have no object that "what" asks for
         question = "why"
