@@ -190,7 +190,7 @@ WAITS: dict[str, Callable[[torch.Tensor], object]] = {
     "to cpu": lambda x: x.to("cpu"),
     "nonzero": lambda x: x.nonzero(),
     "boolean index": lambda x: x[x > 0],
-    "assignment by a boolean index": lambda x: x.__setitem__(x > 0, 0.0),
+    "assignment by a boolean index": lambda x: x.__setitem__(x >= 0, torch.ones_like(x)),
     "index on the CPU": lambda x: x[[0, 1]],
     "where": lambda x: torch.where(x > 0),
     "unique": lambda x: x.unique(),
