@@ -353,8 +353,9 @@ def save_gif(trace: AttentionTrace, path: str | Path, seconds: float = 1.0, betw
         durations.append(round(1000 * seconds) if step.is_integer() else 60)
     palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE)
     first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    form = "PNG" if Path(path).suffix.lower() == ".png" else "GIF"
     with output_file(path) as file:
-        first.save(file, "GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
+        first.save(file, form, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
 
 
 def eased(step: float) -> float:

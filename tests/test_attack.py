@@ -14,37 +14,25 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import checkpoints
-from test_bad_input import SCRIPTS, TRAIN_TINY, contents, edit_config, file
+from test_bad_input import SCRIPTS, TRAIN_TINY, contents, edit_config, file, train_tiny_run
 
-import export
-import train
 import translate
-from config import InputError, parse, run_command
-from corpora.toy import toy_pairs
+from config import InputError, run_command
 from dataset import Batches, build_bpe_tokenizer, get_ds
 from runs import checkpoint
 from runs.checkpoint import DamagedCheckpoint, load_checkpoint, save_checkpoint
 from runs.folder import RunFolder
-from training.state import TrainingState
 
 RESUME = "train --run-dir run --num-epochs 3 --device cpu"
 TRANSLATE = "translate --run-dir run 'I see.'"
 EXPORT = "export --run-dir run --output-dir out --form safetensors"
-SCRIPTS["export"] = lambda argv: parse(export.main, argv)
 NEW = TRAIN_TINY.replace("--run-dir run", "--run-dir new")
 SECONDS = 30  # after which a command counts as one that hangs
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with a corpus and a run of two epochs."""
-    folder = tmp_path_factory.mktemp("attack")
-    pairs = toy_pairs("en", "it", "train")[:100]
-    (folder / "pairs.tsv").write_text("".join(f"{p.src_text}\t{p.tgt_text}\n" for p in pairs), encoding="utf8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train.main(shlex.split(TRAIN_TINY)[1:])
-    return folder
+    return train_tiny_run(tmp_path_factory.mktemp("attack"))
 
 
 @pytest.fixture
@@ -555,15 +543,3 @@ def test_audit_1_batches_keep_their_limit_with_bpe_dropout(tiny_config):
         fallen_back += sum(a == b for a, b in zip(ids, plain, strict=True))
         total += len(plain)
     assert fallen_back < 0.25 * total  # most sentences are re-segmented; short ones may stay as they are by chance
-
-
-def test_audit_3_a_state_saved_without_the_fused_kernel_loads_with_it(tiny_config):
-    """As on MPS: the saved groups say fused=False, and the kernel of this device needs its step counters there."""
-    state = TrainingState.create(tiny_config, 20, 20, torch.device("cpu"))
-    for parameter in state.model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    state.optimizer.step()
-    saved = state.state_dict()
-    saved["optimizer"]["param_groups"] = [group | {"fused": False} for group in saved["optimizer"]["param_groups"]]
-    state.load_state_dict(saved)
-    assert all(group["fused"] for group in state.optimizer.param_groups)

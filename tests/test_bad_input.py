@@ -19,6 +19,7 @@ from conftest import checkpoints
 
 import evaluate
 import experiments
+import export
 import train
 import translate
 import visualize
@@ -34,6 +35,7 @@ SCRIPTS = {
     "evaluate": lambda argv: parse(evaluate.main, argv),
     "visualize": lambda argv: parse(visualize.main, argv),
     "experiments": lambda argv: parse(experiments.main, argv),
+    "export": lambda argv: parse(export.main, argv),
 }
 
 TRAIN_TINY = (
@@ -401,16 +403,19 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A corpus and a run of two epochs trained on it."""
-    folder = tmp_path_factory.mktemp("bad")
+def train_tiny_run(folder: Path) -> Path:
+    """Writes a corpus into a folder and trains a run of two epochs on it; returns the folder."""
     pairs = toy_pairs("en", "it", "train")[:100]
     (folder / "pairs.tsv").write_text("".join(f"{p.src_text}\t{p.tgt_text}\n" for p in pairs), encoding="utf8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main(shlex.split(TRAIN_TINY)[1:])
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return train_tiny_run(tmp_path_factory.mktemp("bad"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -381,10 +381,12 @@ def test_decoder_chart_has_no_masked_cell(tmp_path):
 
 
 @pytest.mark.slow
-def test_gif_has_a_frame_for_every_step_and_frames_between_two_steps(tmp_path):
-    trace = random_trace()
-    charts.save_gif(trace, tmp_path / "steps.gif", seconds=0.7, between=2)
-    gif = Image.open(tmp_path / "steps.gif")
+@pytest.mark.parametrize("form", ["GIF", "PNG"])
+def test_animation_has_a_frame_for_every_step_and_frames_between_two_steps(tmp_path, form):
+    trace, path = random_trace(), tmp_path / f"steps.{form.lower()}"
+    charts.save_gif(trace, path, seconds=0.7, between=2)
+    gif = Image.open(path)
+    assert gif.format == form
     steps = len(trace.tgt_tokens)
     assert gif.n_frames == steps + 2 * (steps - 1)
     durations = [gif.seek(i) or gif.info["duration"] for i in range(gif.n_frames)]
