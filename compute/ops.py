@@ -32,10 +32,21 @@ def fused_loss(x: Tensor, projection: nn.Linear, label: Tensor, smoothing: float
     tensors = x, projection.weight, projection.bias
     if not torch.is_grad_enabled():  # in `forward`, needs_input_grad is set even under no_grad
         tensors = (tensor.detach() for tensor in tensors)
+    dtype = logits_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _FusedLoss.apply(*tensors, label, smoothing, dtype)
+
+
+def logits_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: that of autocast, if it is enabled."""
     device = x.device.type
-    logits_type = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        return _FusedLoss.apply(*tensors, label, smoothing, logits_type)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def log_softmax_denominator(logits: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logarithm of the softmax's denominator, from the logits and the softmax p, both (n, V): (n,)."""
+    # The largest probability is at least 1 / V, so the logarithm is safe.
+    return logits.amax(1).to(dtype) - p.amax(1).to(dtype).log()
 
 
 # Logits per chunk. A chunk fits into a CPU's cache: 147 ms instead of 201 for 1,875 tokens and a vocabulary of 10,000.
@@ -61,8 +72,7 @@ class _FusedLoss(torch.autograd.Function):
         for x_, label_ in zip(x_cast.split(chunk), label.split(chunk), strict=True):
             logits = F.linear(x_, w, b)  # (n, V) for the n tokens of the chunk
             p = logits.softmax(1)
-            # The largest probability is at least 1 / V, so the logarithm is safe.
-            log_denominator = logits.amax(1).to(sum_type) - p.amax(1).to(sum_type).log()  # (n,)
+            log_denominator = log_softmax_denominator(logits, p, sum_type)
             at_label = torch.arange(len(x_), device=x.device), label_
             log_z += log_denominator.sum()
             log_p = logits[at_label].to(sum_type) - log_denominator  # (n,)
@@ -87,6 +97,83 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, scale: Tensor):
         dx, dweight, dbias = ctx.saved_tensors
         return scale * dx, scale * dweight, scale * dbias, None, None, None
+
+
+# ---------------------------------------------------------------------------- R-Drop over a large vocabulary
+
+
+def plain_rdrop(x: Tensor, projection: nn.Linear, label: Tensor, smoothing: float, alpha: float) -> Tensor:
+    """R-Drop (Wu et al., 2021, equation 4), halved, summed over the tokens, in nats: x (2, N, D), label (N,) -> ().
+
+    x holds the decoder outputs of two runs with different dropout masks. The loss is the mean of the two
+    cross-entropies plus alpha / 4 times the symmetric Kullback-Leibler divergence between the two predictions.
+    """
+    log_p, log_q = projection(x).log_softmax(-1)
+    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()  # KL(p, q) + KL(q, p)
+    return plain_loss(x.flatten(0, 1), projection, label.repeat(2), smoothing) / 2 + alpha / 4 * divergence
+
+
+def fused_rdrop(x: Tensor, projection: nn.Linear, label: Tensor, smoothing: float, alpha: float) -> Tensor:
+    """`plain_rdrop` in chunks, with the gradients computed in the forward pass, as in `fused_loss`. Needs gradients.
+
+    In bf16, 1,875 target tokens and a vocabulary of 6,000 take 0.13 s, and 0.35 s with autograd and checkpoints.
+    """
+    dtype = logits_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _FusedRDrop.apply(x, projection.weight, projection.bias, label, smoothing, alpha, dtype)
+
+
+class _FusedRDrop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, label: Tensor, smoothing: float, alpha: float, dtype):
+        N, V, device = len(label), len(weight), x.device.type
+        sum_type = torch.promote_types(x.dtype, torch.float)
+        x_cast, w, b = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        if padding := -V % VOCABULARY_MULTIPLE[device]:
+            w, b = F.pad(w, (0, 0, 0, padding)), F.pad(b, (0, padding), value=-1e4)  # finite: log ratios are computed
+        chunk = max(1, LOGITS_PER_CHUNK[device] // (2 * V))
+        beta, uniform = alpha / 4, smoothing / (2 * V)
+        loss = x.new_zeros((), dtype=sum_type)
+        dx, dweight, dbias = [], weight.new_zeros(w.shape), bias.new_zeros(b.shape)
+        for x_, label_ in zip(x_cast.split(chunk, 1), label.split(chunk), strict=True):
+            n, x_ = len(label_), x_.flatten(0, 1)  # (2, n, D) -> (2 n, D)
+            logits = F.linear(x_, w, b)  # (2 n, V)
+            p_and_q = logits.softmax(1)
+            log_denominator = log_softmax_denominator(logits, p_and_q, sum_type)  # (2 n,)
+            at_label = torch.arange(2 * n, device=x.device), label_.repeat(2)
+            log_p_label = logits[at_label].to(sum_type) - log_denominator  # (2 n,)
+            loss += smoothing / 2 * log_denominator.sum() - (1 - smoothing) / 2 * log_p_label.sum()
+
+            # With r = log p - log q, and the means of r under p and under q, the divergence is mean_p - mean_q. Its
+            # derivative by the logits of p is p (r - mean_p) + p - q, and by those of q it is q (mean_q - r) + q - p.
+            p, q = p_and_q.split(n)  # (n, V)
+            r = logits[:n] - logits[n:] - (log_denominator[:n] - log_denominator[n:]).unsqueeze(1).to(dtype)
+            p_r, q_r = p * r, q * r
+            mean_p, mean_q = (t.sum(1, keepdim=True, dtype=sum_type) for t in (p_r, q_r))  # (n, 1)
+            loss += beta * (mean_p - mean_q).sum()
+            mean = torch.cat([mean_p, -mean_q])  # (2 n, 1)
+            gradient = p_and_q * (0.5 + beta - beta * mean).to(
+                dtype
+            )  # (2 n, V), without the uniform part of the target
+            gradient[:n].add_(p_r.sub_(q), alpha=beta)
+            gradient[n:].sub_(q_r.add_(p), alpha=beta)
+            p_label = log_p_label.exp()
+            r_label, difference = (t - t.roll(n) for t in (log_p_label, p_label))  # roll exchanges p and q
+            divergence_label = p_label * (r_label - mean.squeeze(1)) + difference
+            gradient[at_label] = ((p_label - (1 - smoothing)) / 2 + beta * divergence_label).to(dtype)
+            dx.append((gradient @ w).unflatten(0, (2, n)))
+            dweight += gradient.T @ x_
+            dbias += gradient.sum(0)
+        x_sum, weight_sum = x.sum((0, 1), dtype=sum_type), weight.sum(0)
+        dx = torch.cat(dx, 1).to(x.dtype) - uniform * weight_sum
+        ctx.save_for_backward(dx, dweight[:V].sub_(uniform * x_sum), dbias[:V].sub_(uniform * 2 * N))
+        return loss - uniform * ((x_sum * weight_sum).sum() + 2 * N * bias.sum())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor):
+        dx, dweight, dbias = ctx.saved_tensors
+        return scale * dx, scale * dweight, scale * dbias, None, None, None, None
 
 
 # ---------------------------------------------------------------------------- top-k over a large vocabulary

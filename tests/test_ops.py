@@ -1,11 +1,28 @@
 """Each fast operation gives the result of its plain version."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from compute import ops
-from compute.ops import Dropout, byte_mask, fast_top, fused_loss, plain_loss, plain_top
+from compute.ops import (
+    Dropout,
+    byte_mask,
+    fast_top,
+    fused_loss,
+    fused_rdrop,
+    plain_loss,
+    plain_rdrop,
+    plain_top,
+)
+
+# For each fast loss: its plain version, the fast one, their further arguments, and the shape of x (..., N, D) without D
+LOSSES = {
+    "loss": (plain_loss, fused_loss, (), (40,)),
+    "R-Drop": (plain_rdrop, fused_rdrop, (5.0,), (2, 40)),
+}
 
 
 def test_the_plain_loss_is_label_smoothed_cross_entropy_summed_over_tokens():
@@ -16,39 +33,52 @@ def test_the_plain_loss_is_label_smoothed_cross_entropy_summed_over_tokens():
     assert torch.allclose(plain_loss(x, projection, label, eps), expected)
 
 
+def test_plain_rdrop_is_half_of_equation_4_of_wu_et_al():
+    torch.manual_seed(0)
+    logits, label, eps, alpha = torch.randn(2, 3, 10), torch.tensor([4, 5, 6]), 0.1, 3.0
+    identity = nn.Linear(10, 10, bias=False)
+    nn.init.eye_(identity.weight)
+    p, q = logits.softmax(-1)
+    losses = [nn.functional.cross_entropy(z, label, label_smoothing=eps, reduction="sum") for z in logits]
+    divergences = (p * (p / q).log()).sum() + (q * (q / p).log()).sum()
+    expected = (losses[0] + losses[1] + alpha / 2 * divergences) / 2
+    assert torch.allclose(plain_rdrop(logits, identity, label, eps, alpha), expected)
+
+
+def loss_and_gradients(loss_of: Callable, x: torch.Tensor, projection: nn.Linear, *arguments) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    projection.zero_grad()
+    loss = 0.5 * loss_of(x, projection, *arguments)
+    loss.backward()
+    return [loss.detach(), x.grad, projection.weight.grad.clone(), projection.bias.grad.clone()]
+
+
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("logits_per_chunk", [1, 7 * 50, 1 << 20])  # one token, 7 of 40 tokens, all tokens
+@pytest.mark.parametrize("logits_per_chunk", [1, 14 * 50, 1 << 20])  # one token, some of 40 tokens, all tokens
 @pytest.mark.parametrize("multiple", [1, 64])
-def test_fused_and_plain_loss_and_their_gradients_agree(smoothing, logits_per_chunk, multiple, monkeypatch):
+def test_fused_and_plain_losses_and_their_gradients_agree(name, smoothing, logits_per_chunk, multiple, monkeypatch):
     monkeypatch.setitem(ops.LOGITS_PER_CHUNK, "cpu", logits_per_chunk)
     monkeypatch.setitem(ops.VOCABULARY_MULTIPLE, "cpu", multiple)
     torch.manual_seed(0)
-    projection, label = nn.Linear(16, 50).double(), torch.randint(0, 50, (40,))
-    results = []
-    for loss_of in (plain_loss, fused_loss):
-        x = torch.linspace(-3, 3, 640, dtype=torch.double).view(40, 16).requires_grad_()
-        projection.zero_grad()
-        loss = 0.5 * loss_of(x, projection, label, smoothing)
-        loss.backward()
-        results.append([loss.detach(), x.grad, projection.weight.grad.clone(), projection.bias.grad.clone()])
-    for plain, fused in zip(*results, strict=True):
-        assert torch.allclose(plain, fused, rtol=1e-12, atol=1e-12)
+    plain, fused, options, shape = LOSSES[name]
+    x, projection = torch.randn(*shape, 16, dtype=torch.double), nn.Linear(16, 50).double()
+    arguments = x, projection, torch.randint(0, 50, (40,)), smoothing, *options
+    for a, b in zip(loss_and_gradients(plain, *arguments), loss_and_gradients(fused, *arguments), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 2e-2)])
-def test_fused_and_plain_loss_agree_in_fp32_and_under_bf16_autocast(bf16, tolerance):
+def test_fused_and_plain_losses_agree_in_fp32_and_under_bf16_autocast(name, bf16, tolerance):
     torch.manual_seed(0)
-    projection, label, results = nn.Linear(16, 50), torch.randint(0, 50, (40,)), []
-    for loss_of in (plain_loss, fused_loss):
-        x = torch.linspace(-3, 3, 640).view(40, 16).requires_grad_()
-        projection.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = loss_of(x, projection, label, 0.1)
-        loss.backward()
-        assert loss.dtype == x.grad.dtype == projection.weight.grad.dtype == torch.float
-        results.append([loss.detach(), x.grad, projection.weight.grad.clone(), projection.bias.grad.clone()])
-    for plain, fused in zip(*results, strict=True):
-        assert (plain - fused).norm() <= tolerance * plain.norm()
+    plain, fused, options, shape = LOSSES[name]
+    arguments = torch.randn(*shape, 16), nn.Linear(16, 50), torch.randint(0, 50, (40,)), 0.1, *options
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        expected, actual = (loss_and_gradients(loss_of, *arguments) for loss_of in (plain, fused))
+    for a, b in zip(expected, actual, strict=True):
+        assert b.dtype == torch.float
+        assert (a - b).norm() <= tolerance * a.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

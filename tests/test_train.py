@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +18,14 @@ from conftest import ROOT, checkpoints, run_path
 
 import train
 from compute.device import LossScaler
-from compute.ops import LOGITS_PER_CHUNK, Dropout, fused_loss
+from compute.ops import Dropout, fused_loss
 from config import Config, InputError, get_config
 from dataset import get_ds
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunFolder
 from train import StepBatches, count_steps, learning_rate, train_model
 from training.log import StepReport, TrainingLog
-from training.losses import LossInputs, TrainingLoss, rdrop
+from training.losses import LossInputs, TrainingLoss
 from training.state import TrainingState, make_optimizer, rng_state
 from translate import Translator
 
@@ -664,29 +663,6 @@ def test_rdrop_equals_the_plain_loss_without_dropout_and_exceeds_it_with_dropout
     assert run.loss_module(inputs).item() == pytest.approx(plain(inputs).item(), rel=1e-5)
 
 
-def test_rdrop_is_half_of_equation_4_of_wu_et_al():
-    """With a substitute for the model that returns given logits, different for each of the two passes."""
-    logits = torch.randn(2, 3, 10, dtype=torch.double)
-
-    class GivenLogits:
-        def hidden(self, encoder_input, *_, decoder_mask):
-            assert len(encoder_input) == 2  # both passes of one sentence
-            return logits
-
-        def project(self, x):
-            return x
-
-        projection_layer = SimpleNamespace(proj=torch.nn.Linear(1, logits.size(-1)))
-
-    batch = [torch.zeros(1, 3)] * 3
-    label, eps, alpha = torch.tensor([4, 5, 6]), 0.1, 3.0
-    p, q = logits.float().softmax(-1)
-    losses = [torch.nn.functional.cross_entropy(z.float(), label, label_smoothing=eps, reduction="sum") for z in logits]
-    divergences = (p * (p / q).log()).sum() + (q * (q / p).log()).sum()
-    expected = (losses[0] + losses[1] + alpha / 2 * divergences) / 2
-    assert torch.allclose(rdrop(GivenLogits(), LossInputs(*batch, torch.arange(3), label), eps, alpha), expected)
-
-
 def test_running_out_of_memory_in_validation_is_explained(tiny_config, monkeypatch):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError
@@ -700,21 +676,6 @@ def test_running_out_of_memory_in_validation_is_explained(tiny_config, monkeypat
         InputError, match=r"out of memory in a batch of 1 sentence of up to \d+ tokens; lower --beam-size"
     ):
         run.translator.translate(["I sleep."])
-
-
-def test_rdrop_in_chunks_equals_rdrop_at_once(tiny_config, monkeypatch):
-    run = ManualRun(replace(tiny_config, rdrop_alpha=5.0))
-    inputs, results = LossInputs.of(run.train[list(range(8))], CPU), []
-    V = run.model.projection_layer.proj.out_features
-    for tokens in (len(inputs.target_tokens), 7):  # per chunk
-        monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", tokens * 2 * V)
-        torch.manual_seed(0)
-        run.model.zero_grad()
-        loss = run.loss_module(inputs)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in run.model.parameters())])
-    for at_once, in_chunks in zip(*results, strict=True):
-        assert torch.allclose(at_once, in_chunks, rtol=1e-4, atol=1e-4)
 
 
 def overflowing(config: Config, monkeypatch) -> Config:

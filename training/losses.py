@@ -5,16 +5,13 @@ S  source length in tokens    D  d_model
 T  target length in tokens    V  target vocabulary
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from compute.device import autocast
-from compute.ops import LOGITS_PER_CHUNK, fused_loss
+from compute.ops import fused_loss, fused_rdrop
 from model import Transformer
 
 
@@ -63,27 +60,8 @@ def cross_entropy(model: Transformer, inputs: LossInputs, label_smoothing: float
 
 
 def rdrop(model: Transformer, inputs: LossInputs, label_smoothing: float, alpha: float) -> Tensor:
-    """R-Drop (Wu et al., 2021, equation 4), halved, in nats, summed over the N target tokens.
-
-    The batch is run twice with different dropout masks. The loss is the mean of the two cross-entropies plus alpha / 4
-    times the symmetric Kullback-Leibler divergence between the two predictions.
-    """
+    """R-Drop in nats, summed over the N target tokens: `plain_rdrop` of two runs with different dropout masks."""
     *tensors, positions, label = inputs
     x = model.hidden(*(torch.cat([tensor, tensor]) for tensor in tensors), decoder_mask=None)  # (2 B, T, D)
     x = x.unflatten(0, (2, -1)).flatten(1, 2).index_select(1, positions)  # (2, B T, D) -> (2, N, D)
-    V, loss = model.projection_layer.proj.out_features, torch.zeros((), device=x.device)
-    chunk = max(1, LOGITS_PER_CHUNK[x.device.type] // (2 * V))
-    for x_, label_ in zip(x.split(chunk, 1), label.split(chunk), strict=True):
-        # Logits are computed again in the backward pass, so that only those of one chunk are in memory.
-        arguments = model.project, x_, label_, label_smoothing, alpha
-        loss = loss + checkpoint(rdrop_of_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return loss
-
-
-def rdrop_of_chunk(project: Callable, x: Tensor, label: Tensor, label_smoothing: float, alpha: float) -> Tensor:
-    """R-Drop of some of the target tokens, from the decoder outputs of both runs (2, n, D)."""
-    logits = project(x).float()  # (2, n, V)
-    loss = F.cross_entropy(logits.flatten(0, 1), label.repeat(2), label_smoothing=label_smoothing, reduction="sum")
-    log_p, log_q = logits.log_softmax(-1)
-    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum()  # KL(p, q) + KL(q, p)
-    return loss / 2 + alpha / 4 * divergence
+    return fused_rdrop(x, model.projection_layer.proj, label, label_smoothing, alpha)
