@@ -40,7 +40,7 @@ def test_a_kill_at_a_random_moment(bench, seed):
     assert faults.kill_at_random(bench, random.Random(seed), seconds=1.5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_stops(bench, number):
     assert faults.stopped_by_signal(bench, number, random.Random(0), seconds=0.5)
 
