@@ -49,7 +49,7 @@ from training.estimate import check_shared_memory, estimated_memory, estimated_s
 from training.initial import start_from
 from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars
 from training.losses import LossInputs, TrainingLoss, count_target_tokens
-from training.resume import ResumePoint, check_same_data, find_resume_point, load_state
+from training.resume import ResumePoint, batches_per_step, check_same_data, find_resume_point, load_state
 from training.signals import StopSignal, starting_workers
 from training.state import Progress, TrainingState
 from translate import Translator
@@ -96,14 +96,13 @@ class StepBatches(NamedTuple):
 
 
 def optimizer_steps(
-    train: BilingualDataset, batches: Batches, config: Config, start: int, device: torch.device
+    train: BilingualDataset, batches: Batches, size: int, config: Config, start: int, device: torch.device
 ) -> Iterator[StepBatches]:
-    """Yields the batches of each optimizer step of an epoch, from batch `start` on."""
-    own = distributed.own_batches(batches.starting_at(start), config.accumulation_steps)
+    """Yields the batches of each optimizer step of an epoch, from batch `start` on. A step has `size` batches."""
+    own = distributed.own_batches(batches.starting_at(start), size)
     with starting_workers() if config.num_workers else contextlib.nullcontext():
         loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
-    size = config.accumulation_steps * distributed.world_size()
-    for count in distributed.own_counts(len(batches) - start, config.accumulation_steps):
+    for count in distributed.own_counts(len(batches) - start, size):
         yield StepBatches(next_batches(loader, max(1, count), config), count == 0, min(size, len(batches) - start))
         start += size
 
@@ -230,9 +229,11 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
     Raises InputError for bad input, before an existing run is changed; a newly created folder is then removed.
     """
     is_first = distributed.is_first()
-    missing = [path for path in (folder.path, *folder.path.absolute().parents) if not path.exists()]
+    missing = [path for path in (folder.path, *folder.path.absolute().parents) if is_first and not path.exists()]
     if is_first:
         resources.enter_context(locked_folder(config, folder))
+    else:
+        folder.wait_for_mark(distributed.attempt, distributed.rank())
     with removing_on_error(missing):  # only under the lock: another process may have just created the folder
         device = distributed.own_device(get_device(config.device))
         if is_first and config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
@@ -248,6 +249,8 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
             if aside := folder.set_aside(resume_point.conflicting):
                 print(f"training from scratch: the files of an earlier run were moved to {aside}")
             save_tokenizers(config, *data[2:])
+    if is_first and distributed.world_size() > 1:
+        folder.mark(distributed.attempt)
     return Prepared(device, *data, resume_point)
 
 
@@ -291,13 +294,14 @@ def warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def count_steps(config: Config, train: BilingualDataset) -> int:
-    """Number of optimizer steps of the whole run."""
-    return planned_steps(config, len(Batches(train, config, epoch=0)))
+def count_steps(config: Config, train: BilingualDataset, batches_per_step: int = 0) -> int:
+    """Number of optimizer steps of the whole run; with `batches_per_step` 0, of a new one."""
+    return planned_steps(config, len(Batches(train, config, epoch=0)), batches_per_step)
 
 
-def planned_steps(config: Config, batches_per_epoch: int) -> int:
-    steps = math.ceil(batches_per_epoch / (config.accumulation_steps * distributed.world_size())) * config.num_epochs
+def planned_steps(config: Config, batches_per_epoch: int, batches_per_step: int = 0) -> int:
+    batches_per_step = batches_per_step or config.accumulation_steps * distributed.world_size()
+    steps = math.ceil(batches_per_epoch / batches_per_step) * config.num_epochs
     return min(steps, config.max_steps or steps)
 
 
@@ -372,16 +376,28 @@ def resume(
         epoch, batch, step = asdict(state.progress).values()
         where = f"batch {batch} of epoch" if batch else "the start of epoch"
         print(f"resuming     from {resume_point.path.name}, at {where} {epoch}, step {step:,}")
+        batches = batches_per_step(config, resume_point)
+        describe_processes(len(resume_point.state["rng"]), distributed.world_size(), batches)
 
 
-def save(config: Config, folder: RunFolder, state: TrainingState, fingerprints: dict, log: TrainingLog) -> None:
-    """Writes a checkpoint and updates the mirror. All processes must call it."""
+def describe_processes(before: int, now: int, batches: int) -> None:
+    """Says how the batches of a step are divided if the number of processes has changed since the checkpoint."""
+    if now != before:
+        share = math.ceil(batches / now)
+        print(f"processes    {before} before, {now} now; still {batches} batches per step, up to {share} per process")
+        if batches < now:
+            warn(f"{now - batches} of {now} processes are idle: a run keeps the number of batches per step ({batches})")
+
+
+def save(config: Config, folder: RunFolder, state: TrainingState, constants: dict, log: TrainingLog) -> None:
+    """Writes a checkpoint, with what is the same in all of them, and updates the mirror. All processes must call it."""
     log.check_finite()
     saved = state.state_dict()
     if distributed.is_first():
         tokenizers = [folder.tokenizer_file(lang).read_text("utf8") for lang in (config.lang_src, config.lang_tgt)]
-        folder.save({**saved, **fingerprints, "config": asdict(config), "tokenizers": tokenizers})
+        folder.save({**saved, **constants, "config": asdict(config), "tokenizers": tokenizers})
         update_mirror(config, folder, log)
+    distributed.broadcast(None)  # the others wait here, where they may wait for long, rather than in the next step
 
 
 def validate(
@@ -420,15 +436,16 @@ def train_model(config: Config) -> TrainingState:
     keep_freed_memory()
     share_cores()
     folder = RunFolder.of(config)
-    with distributed.process_group(), contextlib.ExitStack() as resources:
+    with distributed.process_group(config.ddp_timeout), contextlib.ExitStack() as resources:
         # Prepare: the first process encodes the corpus, the others then load it from the cache
         prepared = distributed.first_then_others(lambda: prepare(config, folder, resources))
         device, train, validation, *tokenizers, resume_point = prepared
         allow_tf32(device)
-        fingerprints = {"corpus": train.fingerprint, "validation": validation.fingerprint}
+        constants = {"corpus": train.fingerprint, "validation": validation.fingerprint}
         state = TrainingState.create(config, *(t.get_vocab_size() for t in tokenizers), device)
         precision = choose_precision(config.precision, device, state.model)
-        total_steps = count_steps(config, train)
+        step_size = constants["batches_per_step"] = batches_per_step(config, resume_point)
+        total_steps = count_steps(config, train, step_size)
         if distributed.is_first():
             describe(config, folder, prepared, state.model, precision)
             describe_plan(config, total_steps, prepared, state.model, precision)
@@ -462,7 +479,7 @@ def train_model(config: Config) -> TrainingState:
                 progress = state.progress
                 train.begin_epoch(progress.epoch)
                 batches = Batches(train, config, progress.epoch)
-                for step in optimizer_steps(train, batches, config, progress.batch, device):
+                for step in optimizer_steps(train, batches, step_size, config, progress.batch, device):
                     # One step
                     rate = learning_rate(progress.step, config, total_steps)
                     with within_memory(*step.batches):
@@ -482,12 +499,12 @@ def train_model(config: Config) -> TrainingState:
                     if stop.received() or is_finished(progress, config):
                         break
                     if config.save_every_steps and progress.step % config.save_every_steps == 0:
-                        save(config, folder, state, fingerprints, log)
+                        save(config, folder, state, constants, log)
 
                 # Save
                 if progress.batch == len(batches):
                     progress.epoch, progress.batch = progress.epoch + 1, 0
-                save(config, folder, state, fingerprints, log)
+                save(config, folder, state, constants, log)
                 if progress.batch:
                     print_line(f"saved {folder.checkpoint(**asdict(progress))}")
 
