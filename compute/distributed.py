@@ -99,7 +99,7 @@ def joined(timeout: timedelta) -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=JOIN_TIMEOUT)
     heartbeat = Heartbeat(own_store, timeout.total_seconds())
     try:
-        dist.barrier()
+        sum_over_processes(0)  # all are connected; `dist.barrier` would use a GPU, which is not chosen yet
         dist.distributed_c10d._set_pg_timeout(timeout)
         patient_group = dist.new_group(timeout=PATIENCE, backend="gloo")
         heartbeat.start()
