@@ -249,8 +249,8 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
             if aside := folder.set_aside(resume_point.conflicting):
                 print(f"training from scratch: the files of an earlier run were moved to {aside}")
             save_tokenizers(config, *data[2:])
-    if is_first and distributed.world_size() > 1:
-        folder.mark(distributed.attempt)
+        if is_first and distributed.world_size() > 1:
+            folder.mark(distributed.attempt)
     return Prepared(device, *data, resume_point)
 
 

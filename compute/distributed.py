@@ -85,7 +85,7 @@ def process_group(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def joined(timeout: timedelta) -> Iterator[None]:
-    """Context in which this process is connected to the others. In a training step, they wait up to `timeout`."""
+    """Context in which this process is connected to the others. In a training step, they wait up to 2 x `timeout`."""
     global attempt, patient_group
     # Functions of this module have the process group of its first import as a default value. DistributedDataParallel
     # imports it; the group would then outlive `destroy_process_group`, and gloo's threads, if they are still busy when
@@ -100,9 +100,9 @@ def joined(timeout: timedelta) -> Iterator[None]:
     heartbeat = Heartbeat(own_store, timeout.total_seconds())
     try:
         sum_over_processes(0)  # all are connected; `dist.barrier` would use a GPU, which is not chosen yet
-        dist.distributed_c10d._set_pg_timeout(timeout)
-        patient_group = dist.new_group(timeout=PATIENCE, backend="gloo")
         heartbeat.start()
+        dist.distributed_c10d._set_pg_timeout(2 * timeout)  # the heartbeat comes first, because it names the process
+        patient_group = dist.new_group(timeout=PATIENCE, backend="gloo")
         yield
         heartbeat.stop()  # the store may end with the first process
         sum_over_processes(0)  # a process that leaves early would close connections that others still use
@@ -246,7 +246,7 @@ def gather(value: T) -> list[T]:
 
 
 def sum_over_processes(number: Number) -> Number:
-    """The sum of the processes' numbers. Only within a step, because the others wait for `ddp_timeout` at most."""
+    """The sum of the processes' numbers. Only within a step, because the others do not wait for long (see `joined`)."""
     return all_reduce(number, "SUM", None)
 
 
