@@ -92,7 +92,7 @@ if __name__ == "__main__" and "FAULT" in os.environ:
 
 # ---------------------------------------------------------------------------- two nodes
 
-from faults import FLAGS, SPAWN, final_state  # noqa: E402
+from fault_runs import FLAGS, SPAWN, final_state  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from corpora.toy import toy_pairs  # noqa: E402

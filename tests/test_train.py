@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import math
 import os
 import shutil
@@ -66,7 +65,7 @@ def test_learning_rates_follow_the_warmup_and_the_schedule():
 @pytest.mark.slow
 def test_one_epoch_on_the_toy_corpus_translates_held_out_sentences(trained_run):
     """End to end. One epoch reaches a BLEU of about 90; the floor is far below that."""
-    (scores,) = [json.loads(line) for line in (trained_run / "scores.jsonl").read_text().splitlines()]
+    (scores,) = RunFolder(trained_run).read_scores()
     assert scores["bleu"] > 50
     assert scores["loss"] < 1
     names = {path.name for path in trained_run.iterdir() if not path.name.startswith(".")}
