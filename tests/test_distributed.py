@@ -35,7 +35,7 @@ def launch(config: Config, processes: int, restarts: int = 0, **environment: str
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
