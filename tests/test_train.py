@@ -45,7 +45,7 @@ class ManualRun:
 
     def step(self, *batches: dict) -> StepReport:
         rate = learning_rate(self.state.progress.step, self.config, count_steps(self.config, self.train))
-        return train.train_step(self.state, self.loss_module, StepBatches(list(batches), False, 1), rate, self.config)
+        return train.train_step(self.state, self.loss_module, StepBatches(list(batches), 0, 1), rate, self.config)
 
 
 def test_learning_rates_follow_the_warmup_and_the_schedule():

@@ -1,0 +1,64 @@
+"""Sharded training (`--shard`): each of N processes keeps 1/N of the weights, gradients, optimizer state and EMA.
+
+PyTorch's `fully_shard` (ZeRO stage 3, Rajbhandari et al., 2020) gathers the weights of a block before its forward and its
+backward pass, and frees them afterwards. The gradients of a block are averaged, and each process keeps its part of them.
+A sharded tensor is a `DTensor`: its shape is that of the whole, and operations on it return the result for the whole.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from compute import distributed
+
+
+def shard(model: nn.Module, blocks: list[nn.Module], method: str, device: torch.device) -> None:
+    """Replaces the parameters by this process's part of them, on the device; all processes must have equal ones.
+
+    The parameters of each block are gathered for its `forward`, the others for `method` of the model.
+    """
+    mesh = DeviceMesh.from_group(dist.new_group(timeout=distributed.GRADIENT_TIMEOUT), device.type)
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(model, method)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself or, if it is sharded, all of it. All processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def in_first_process(value: Any) -> Any:
+    """The value with all of each sharded tensor in it, in CPU memory; None for these in the other processes.
+
+    All processes must call it.
+    """
+    if isinstance(value, DTensor):
+        tensor = value.full_tensor()
+        return tensor.cpu() if distributed.is_first() else None
+    if isinstance(value, dict):
+        return {key: in_first_process(item) for key, item in value.items()}
+    return value
+
+
+def weights_in_first_process(model: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` of a sharded model, see `in_first_process`. Tied weights remain one tensor."""
+    tensors = {parameter: in_first_process(parameter.detach()) for parameter in model.parameters()}
+    return {name: tensors[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def divided_like(tensor: Tensor, example: Tensor | None) -> Tensor:
+    """This process's part of a tensor that all processes have, if `example` is sharded; otherwise the tensor itself."""
+    if not isinstance(example, DTensor):
+        return tensor
+    tensor = tensor.to(example.device)
+    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)  # no communication
