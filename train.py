@@ -310,7 +310,7 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     parameters = count_parameters(model)
     sizes = tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    processes += ", sharded" if sharding.is_sharded(model) else ""
+    processes += ", sharded" if sharding.is_wanted(config) else ""
     print(f"device       {device.type} ({device_name(device)}), {precision}{processes}")
     print(f"run          {folder}")
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")

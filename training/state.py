@@ -53,7 +53,7 @@ class TrainingState:
         if not distributed.is_first():
             torch.manual_seed(config.seed + distributed.rank())
         ema_model = copy.deepcopy(model).requires_grad_(False).eval() if config.ema_decay else None
-        is_sharded = config.shard and distributed.world_size() > 1
+        is_sharded = sharding.is_wanted(config)
         whole_model = copy.deepcopy(model) if is_sharded and distributed.is_first() else None
         for each in filter(None, (model, ema_model)):
             if is_sharded:
@@ -66,7 +66,7 @@ class TrainingState:
     @property
     def is_sharded(self) -> bool:
         """Whether each process has a part of the weights only (`--shard`)."""
-        return sharding.is_sharded(self.model)
+        return sharding.is_sharded(next(self.model.parameters()))
 
     @property
     def evaluated_model(self) -> Transformer:
@@ -104,7 +104,7 @@ class TrainingState:
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Replaces the weights and their EMA, at the start of a run."""
         for model in filter(None, (self.model, self.ema_model)):
-            load_weights(model, weights)
+            load_into(model, weights)
 
     def state_dict(self) -> dict:
         """The state as plain values and tensors. All processes must call it, because it gathers their generators.
@@ -126,9 +126,9 @@ class TrainingState:
 
         Raises InputError if the state of the optimizer does not fit the model.
         """
-        load_weights(self.model, state["model"])
+        load_into(self.model, state["model"])
         if self.ema_model:
-            load_weights(self.ema_model, state["ema_model"])
+            load_into(self.ema_model, state["ema_model"])
         own = [{name: group[name] for name in OWN_SETTINGS} for group in self.optimizer.param_groups]
         saved = state["optimizer"]
         check_moments(saved["state"], self.optimizer)
@@ -151,7 +151,7 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), eps=1e-9, fused=device.type != "mps")
 
 
-def load_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
+def load_into(model: Transformer, weights: dict[str, Tensor]) -> None:
     """Loads the weights of a whole model; if `model` is sharded, this process's part of them."""
     own = model.state_dict()
     load_state_dict(model, {name: sharding.divided_like(w, own.get(name)) for name, w in weights.items()})
