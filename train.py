@@ -335,7 +335,7 @@ def describe_plan(config: Config, total_steps: int, prepared: Prepared, model: n
     """Prints the number of steps, the peak of the learning rate, and estimates of memory and, for known GPUs, time."""
     device, train, *_ = prepared
     step, peak = peak_learning_rate(config, total_steps)
-    memory = estimated_memory(config, model, device.type, precision)
+    memory = estimated_memory(config, model, device.type, precision, distributed.world_size())
     mean_length = max(lengths.mean() for lengths in train.lengths())
     seconds = estimated_seconds(config, model, total_steps, mean_length, device_name(device), precision)
     print(f"training     {counted(total_steps, 'step')}, up to {counted(config.num_epochs, 'epoch')}")

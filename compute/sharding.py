@@ -1,8 +1,9 @@
 """Sharded training (`--shard`): each of N processes keeps 1/N of the weights, gradients, optimizer state and EMA.
 
-PyTorch's `fully_shard` (ZeRO stage 3, Rajbhandari et al., 2020) gathers the weights of a block before its forward and its
-backward pass, and frees them afterwards. The gradients of a block are averaged, and each process keeps its part of them.
-A sharded tensor is a `DTensor`: its shape is that of the whole, and operations on it return the result for the whole.
+PyTorch's `fully_shard` (ZeRO stage 3, Rajbhandari et al., 2020) gathers the weights of a block before its
+forward and its backward pass, and frees them afterwards. The gradients of a block are averaged, and each process keeps
+its part. A sharded tensor is a `DTensor`: its shape is that of the whole, and operations on it return results for the
+whole.
 
 These modules of PyTorch are imported where they are used, because this takes a second.
 """
