@@ -30,6 +30,7 @@ from training.state import TrainingState, make_optimizer, rng_state
 from translate import Translator
 
 CPU = torch.device("cpu")
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class ManualRun:
@@ -472,7 +473,7 @@ def flags_of(config: Config) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tiny_config, tmp_path, number):
     config = replace(tiny_config, num_epochs=60)
     command = [sys.executable, "-u", str(ROOT / "train.py"), *flags_of(config)]
@@ -489,6 +490,23 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tiny_config, t
     assert resumed.returncode == 0, resumed.stderr
     assert f"step {step:,}" in resumed.stdout
     assert "python translate.py --run-dir" in resumed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals of Unix")
+def test_closing_the_terminal_saves_a_checkpoint(tiny_config):
+    config = replace(tiny_config, num_epochs=60)
+    terminal, end_of_process = os.openpty()
+    command = [sys.executable, "-c", "import os; os.login_tty(0); import train; train.run_command(train.main)"]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), end_of_process)
+    process = subprocess.Popen([*command, *flags_of(config)], cwd=ROOT, start_new_session=False, **streams)
+    os.close(end_of_process)
+    with os.fdopen(terminal, "rb", buffering=0) as output:
+        shown = b""
+        while b"validation   loss" not in shown:  # the first of 60
+            shown += output.read(1_000)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert load_checkpoint(checkpoints(config)[-1])["progress"]["step"] > 0
 
 
 @pytest.mark.slow
