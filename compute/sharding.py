@@ -31,7 +31,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], method: str, device: torch.
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = DeviceMesh.from_group(dist.new_group(timeout=distributed.GRADIENT_TIMEOUT), device.type)
+    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, method)
