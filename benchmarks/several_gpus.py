@@ -12,6 +12,7 @@ and send (Linux). It counts all traffic of the loopback device; as root, `unshar
 import argparse
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -103,7 +104,7 @@ def measure(config: Config) -> tuple[Transformer, dict[str, float]]:
         lambda *_: found.update(gradients=own_bytes([p.grad for p in parameters if p.grad is not None]))
     )
     pairs, processes = SyntheticPairs(10_000, vocab_size), distributed.world_size()
-    batches = iter(distributed.own_batches(Batches(pairs, config, epoch=0), config.accumulation_steps))
+    batches = islice(Batches(pairs, config, epoch=0), distributed.rank(), None, processes)
     for i in range(1 + MEASURED_STEPS):
         if i == 1:  # after a first step, in which the processes connect
             distributed.gather(None)
