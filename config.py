@@ -91,6 +91,7 @@ class Config:
     keep_checkpoints: int = 3             # number of latest checkpoints kept besides the best one; 0: all
     best_by: Literal["loss", "bleu", "chrf", "exact"] = "loss"  # validation metric that selects the best checkpoint
     patience: int = 0                     # epochs without improvement before early stopping; 0: off
+    shard: bool = False                   # several processes: each keeps only its part of the weights, gradients, optimizer state and EMA, for models that outgrow one GPU
     mirror_dir: str = ""                  # folder on another disk that keeps a verified copy of the run; empty: none
     validation_sentences: int = 200       # number of validation sentences translated after each epoch for BLEU, chrF and error rates
     validation_examples: int = 2          # number of translations printed after each epoch
@@ -192,7 +193,7 @@ LIMITS = {
 MAX_INTEGER = 2**63 - 1
 
 # Settings of one invocation. They are not in config.json, so that the run can be moved to another machine.
-INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers")
+INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers", "shard")
 
 # Settings that determine the first weights, their shapes, the split or the batch order: they must not change when a run resumes.
 # fmt: off

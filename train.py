@@ -28,7 +28,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from compute import distributed
+from compute import distributed, sharding
 from compute.device import (
     allow_tf32,
     choose_precision,
@@ -90,8 +90,8 @@ def peak_learning_rate(config: Config, total_steps: int) -> tuple[int, float]:
 class StepBatches(NamedTuple):
     """The batches of one optimizer step that this process trains on."""
 
-    batches: list[dict]
-    is_dummy: bool  # no batch is left for this process; it runs a dummy batch with weight 0
+    batches: list[dict]  # equally many in every process
+    dummies: int  # number of batches at the end with weight 0: other processes have more than this one
     consumed: int  # number of batches of all processes in this step
 
 
@@ -104,7 +104,10 @@ def optimizer_steps(
         loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
     size = config.accumulation_steps * distributed.world_size()
     for count in distributed.own_counts(len(batches) - start, config.accumulation_steps):
-        yield StepBatches(next_batches(loader, max(1, count), config), count == 0, min(size, len(batches) - start))
+        consumed = min(size, len(batches) - start)
+        passes = math.ceil(consumed / distributed.world_size())  # with --shard, each one needs all processes
+        found = next_batches(loader, max(1, count), config)
+        yield StepBatches(found + found[-1:] * (passes - len(found)), passes - count, consumed)
         start += size
 
 
@@ -129,21 +132,21 @@ def train_step(
     If the loss or the gradient norm is not finite, the weights are not updated; `TrainingLog.check_finite` reports it,
     unless it is an overflow in fp16, which the scaler corrects.
     """
-    own_tokens = 0 if step.is_dummy else sum(map(count_target_tokens, step.batches))
-    tokens = distributed.sum_over_processes(own_tokens)
+    own = len(step.batches) - step.dummies
+    tokens = distributed.sum_over_processes(sum(map(count_target_tokens, step.batches[:own])))
     loss = torch.zeros((), device=state.device)
     for i, batch in enumerate(step.batches):
         is_last = i == len(step.batches) - 1
         with contextlib.nullcontext() if is_last else distributed.without_averaging(loss_module):
             batch_loss = loss_module(LossInputs.of(batch, state.device))
-            # Every token of the step has the same weight; DistributedDataParallel averages gradients over processes.
-            batch_loss = batch_loss * ((not step.is_dummy) * distributed.world_size() / tokens)
+            # Every token of the step has the same weight; gradients are averaged over processes.
+            batch_loss = batch_loss * ((i < own) * distributed.world_size() / tokens)
             state.scaler.scale(batch_loss).backward()
         loss += batch_loss.detach()
 
     state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = sharding.whole(nn.utils.get_total_norm([p.grad for p in parameters]))
     if config.clip_norm:
         nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
     for group in state.optimizer.param_groups:
@@ -307,6 +310,7 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     parameters = count_parameters(model)
     sizes = tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    processes += ", sharded" if sharding.is_wanted(config) else ""
     print(f"device       {device.type} ({device_name(device)}), {precision}{processes}")
     print(f"run          {folder}")
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
@@ -331,7 +335,7 @@ def describe_plan(config: Config, total_steps: int, prepared: Prepared, model: n
     """Prints the number of steps, the peak of the learning rate, and estimates of memory and, for known GPUs, time."""
     device, train, *_ = prepared
     step, peak = peak_learning_rate(config, total_steps)
-    memory = estimated_memory(config, model, device.type, precision)
+    memory = estimated_memory(config, model, device.type, precision, distributed.world_size())
     mean_length = max(lengths.mean() for lengths in train.lengths())
     seconds = estimated_seconds(config, model, total_steps, mean_length, device_name(device), precision)
     print(f"training     {counted(total_steps, 'step')}, up to {counted(config.num_epochs, 'epoch')}")
@@ -394,10 +398,11 @@ def validate(
     log: TrainingLog,
 ) -> None:
     """Validates in the first process, unless already done at this step, and prunes checkpoints."""
-    if distributed.is_first():
-        if state.progress.step not in [row["step"] for row in folder.read_scores()]:
+    with state.gathering():
+        if distributed.is_first() and state.progress.step not in [row["step"] for row in folder.read_scores()]:
             scores = run_validation(translator, validation, config, precision, log, state.progress.step)
             folder.write_scores([*folder.read_scores(), {**asdict(state.progress), **scores}])
+    if distributed.is_first():
         folder.prune(config.keep_checkpoints, config.best_by)
         update_mirror(config, folder, log)
         state.model.train()
@@ -454,7 +459,8 @@ def train_model(config: Config) -> TrainingState:
 
         # Train
         loss_module = TrainingLoss(state.model.train(), config.label_smoothing, config.rdrop_alpha, precision)
-        loss_module = distributed.averaging_gradients(loss_module, device)
+        if not state.is_sharded:
+            loss_module = distributed.averaging_gradients(loss_module, device)
         start_step, start_time = state.progress.step, time.perf_counter()
         with StopSignal() as stop, ProgressBar(state.progress, total_steps) as bar:
             while not (stop.received() or is_finished(state.progress, config) or out_of_patience(config, folder)):
