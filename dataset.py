@@ -226,8 +226,7 @@ class BilingualDataset(torch.utils.data.Dataset):
     ):
         from datasets import Features, List, Value
 
-        self.seq_len, self.seed, self.batch_tokens, self.epoch = seq_len, seed, batch_tokens, 0
-        self.segmenters = [BPEDropout(t, bpe_dropout) for t in (tokenizer_src, tokenizer_tgt)] if bpe_dropout else None
+        self.prepare(tokenizer_src, tokenizer_tgt, seq_len, bpe_dropout, seed, batch_tokens)
         self.skipped_blank = count_blank(pairs)
         processes = min(available_cores(), MAX_PROCESSES, len(pairs) // PAIRS_PER_PROCESS)
         self.encoded = pairs.map(
@@ -249,6 +248,18 @@ class BilingualDataset(torch.utils.data.Dataset):
                 f"no pairs remain: {self.skipped_blank:,} are blank, {self.skipped_long:,} exceed {seq_len} tokens; "
                 "raise --seq-len or check the source"
             )
+
+    def prepare(
+        self,
+        tokenizer_src: Tokenizer,
+        tokenizer_tgt: Tokenizer,
+        seq_len: int,
+        bpe_dropout: float,
+        seed: int,
+        batch_tokens: int,
+    ) -> None:
+        self.seq_len, self.seed, self.batch_tokens, self.epoch = seq_len, seed, batch_tokens, 0
+        self.segmenters = [BPEDropout(t, bpe_dropout) for t in (tokenizer_src, tokenizer_tgt)] if bpe_dropout else None
 
     def __len__(self) -> int:
         return len(self.encoded)
