@@ -464,9 +464,9 @@ def test_a_folder_without_write_permission_is_an_error(tiny_config):
 
 def flags_of(config: Config) -> list[str]:
     """The command line of train.py that gives this config."""
-    values = {f"--{k.replace('_', '-')}": v for k, v in vars(config).items() if not isinstance(v, bool)}
-    sharing = "--shared-vocab" if config.shared_vocab else "--no-shared-vocab"
-    return [word for flag, value in values.items() for word in (flag, str(value))] + [sharing]
+    values = {k.replace("_", "-"): v for k, v in vars(config).items()}
+    switches = [f"--{k}" if v else f"--no-{k}" for k, v in values.items() if isinstance(v, bool)]
+    return [word for k, v in values.items() if not isinstance(v, bool) for word in (f"--{k}", str(v))] + switches
 
 
 @pytest.mark.slow
