@@ -56,7 +56,7 @@ class Config:
     batch_tokens: int = 8_192             # maximum number of tokens per batch, padding included (sentences x longest sentence); 0: use batch_size
     batch_size: int = 8                   # sentences per batch if batch_tokens is 0
     stream: bool = False                  # read datasource while training, without a copy on disk: a folder, pattern or list of shards, or a Hub dataset; needs max_steps and validation_source
-    stream_buffer: int = 100_000          # with stream: pairs that are shuffled and sorted by length at a time
+    stream_buffer: int = 50_000           # with stream: pairs that are shuffled and sorted by length at a time
     num_workers: int = 0                  # data loader worker processes; 0: load in the training process
 
     d_model: int = 512                    # model dimension (D): size of the embeddings and of the residual stream

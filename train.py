@@ -102,16 +102,16 @@ def optimizer_steps(
     train: BilingualDataset | StreamedPairs, config: Config, progress: Progress, device: torch.device
 ) -> Iterator[StepBatches]:
     """Yields the batches of each optimizer step of the epoch, from the batch of `progress` on."""
+    size = config.accumulation_steps * distributed.world_size()
     if config.stream:
         with explained_worker_loss(config):
-            for own, consumed, is_last in train.steps(pin_memory=device.type == "cuda"):
+            for own, consumed, is_last in train.steps(size, pin_memory=device.type == "cuda"):
                 yield StepBatches(own or [train.sample[[0]]], not own, consumed, is_last)
         return
     batches, start = Batches(train, config, progress.epoch), progress.batch
     own = distributed.own_batches(batches.starting_at(start), config.accumulation_steps)
     with starting_workers() if config.num_workers else contextlib.nullcontext():
         loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
-    size = config.accumulation_steps * distributed.world_size()
     for count in distributed.own_counts(len(batches) - start, config.accumulation_steps):
         with explained_worker_loss(config):
             own_now = list(islice(loader, max(1, count)))
@@ -257,7 +257,7 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
             warn_shared_pairs(train_pairs, validation_pairs)
         data = encode_splits(config, train_pairs, validation_pairs)
         if shards:
-            data = (StreamedPairs(config, shards, data[0], *data[2:]), *data[1:])
+            data = (StreamedPairs(config, shards, len(train_pairs), data[0], *data[2:]), *data[1:])
         if resume_point.state:
             check_same_data(folder, config, *data[:2], resume_point)
         elif is_first:
@@ -330,11 +330,8 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
     validation_source = config.validation_source or "held out"
     if config.stream:
-        print(
-            f"             streamed from {counted(len(train.shards.names), 'shard')}; tokenizers and estimates from",
-            end=" ",
-        )
-        print(f"{len(train.sample):,} pairs at the start of the shards")
+        shards = counted(len(train.shards.names), "shard")
+        print(f"             streamed from {shards}; tokenizers from {train.first_pairs:,} of their first pairs")
         train, training, name = train.sample, "", "sample"
     else:
         training, name = f"{len(train):,} training pairs, ", "training"
@@ -502,6 +499,7 @@ def train_model(config: Config) -> TrainingState:
                 # One epoch, or the rest of it
                 progress = state.progress
                 train.begin_epoch(progress.epoch)
+                is_end_of_epoch = True
                 for step in optimizer_steps(train, config, progress, device):
                     # One step
                     rate = learning_rate(progress.step, config, total_steps)
@@ -511,11 +509,12 @@ def train_model(config: Config) -> TrainingState:
                     bar.update(progress)
 
                     # Log
-                    is_log_step = progress.step % LOG_EVERY == 0 or step.is_last
+                    is_end_of_epoch = step.is_last
+                    is_log_step = progress.step % LOG_EVERY == 0 or is_end_of_epoch
                     if is_log_step or not runs_asynchronously(device):
                         log.check_finite()
                     if is_log_step:
-                        bar.report(progress, log.write(progress.step, rate), step.is_last)
+                        bar.report(progress, log.write(progress.step, rate), is_end_of_epoch)
 
                     # Stop, or save within the epoch
                     if stop.received() or is_finished(progress, config):
@@ -526,7 +525,7 @@ def train_model(config: Config) -> TrainingState:
                 # Save
                 if config.stream:
                     print_line(train.summary())
-                if step.is_last:
+                if is_end_of_epoch:
                     progress.epoch, progress.batch = progress.epoch + 1, 0
                 save(config, folder, state, train, fingerprints, log)
                 if progress.batch:

@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from corpus_size import synthetic_clauses
 from workload import describe_machine, markdown_table
 
-STEPS, SAVE_EVERY, KILL_AT = 450, 50, 390
+STEPS, SAVE_EVERY, KILL_AT = 260, 50, 240  # the second buffer of 50,000 pairs begins in about step 190
 SETTINGS = {
-    "d_model": 64,
+    "d_model": 16,
     "encoder_layers": 1,
     "decoder_layers": 1,
     "num_heads": 2,
-    "d_ff": 128,
+    "d_ff": 32,
     "vocab_size": 4_000,
     "seq_len": 100,
     "validation_sentences": 0,

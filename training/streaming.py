@@ -28,6 +28,7 @@ from corpora.cleaning import clean
 from corpora.files import DATA_VERSION
 from corpora.streams import BLOCK, Block, HubShards, LocalShards, names_hash
 from dataset import START_METHOD, Batches, BilingualDataset, count_blank, encode_pairs
+from training.log import print_line
 from training.signals import starting_workers
 
 
@@ -186,13 +187,20 @@ class Reader(torch.utils.data.IterableDataset):
 class StreamedPairs:
     """The training pairs of a stream: yields the batches of each optimizer step, and remembers its position.
 
-    `sample` holds the encoded first pairs of the shards, for estimates. Batches are as those of `BilingualDataset`.
+    Batches are as those of `BilingualDataset`. Tokenizers were trained on the `first_pairs` pairs of `load_sample`, of
+    which `sample` holds some, encoded, for estimates.
     """
 
     def __init__(
-        self, config: Config, shards: LocalShards | HubShards, sample: BilingualDataset, *tokenizers: Tokenizer
+        self,
+        config: Config,
+        shards: LocalShards | HubShards,
+        first_pairs: int,
+        sample: BilingualDataset,
+        *tokenizers: Tokenizer,
     ):
-        self.config, self.shards, self.sample, self.tokenizers = config, shards, sample, tokenizers
+        self.config, self.shards, self.first_pairs, self.tokenizers = config, shards, first_pairs, tokenizers
+        self.sample = sample
         self.workers, self.epoch = max(1, config.num_workers), -1
 
     @property
@@ -241,21 +249,25 @@ class StreamedPairs:
             self.epoch, self.work, rank = state["epoch"], work, distributed.rank()
             self.cursors, self.turn = cursors[rank], state["processes"][rank]["turn"]
             return
+        print_line(
+            f"the rest of the epoch is read in another order, by {self.parts} readers instead of {len(everyone)}"
+        )
         counts = Counts()
         for cursor in everyone:
             counts = counts.plus(cursor.counts)
         self.start(state["epoch"], work.after(everyone), counts)
 
-    def steps(self, pin_memory: bool) -> Iterator[tuple[list[dict], int, bool]]:
+    def steps(self, size: int, pin_memory: bool) -> Iterator[tuple[list[dict], int, bool]]:
         """For each optimizer step of the rest of the epoch: the batches of this process, of which there may be none,
         the number of batches of all processes, and whether it is the last step.
 
-        When a step is yielded, the position is that after it. All processes must take all steps.
+        A step has `size` batches, and at least one per process, until the pairs run out. When it is yielded, the
+        position is that after it. All processes must take all steps.
         """
-        items = self.items(pin_memory)
-        taken, total = self.take(items)
+        items, share = self.items(pin_memory), max(1, len(range(distributed.rank(), size, distributed.world_size())))
+        taken, total = self.take(items, share)
         while total:
-            upcoming, upcoming_total = self.take(items)
+            upcoming, upcoming_total = self.take(items, share)
             self.advance(taken if upcoming_total else taken + upcoming)
             yield [item.batch for item in taken if item.batch], total, upcoming_total == 0
             taken, total = upcoming, upcoming_total
@@ -279,13 +291,13 @@ class StreamedPairs:
                 raise InputError(item.error)
             yield item
 
-    def take(self, items: Iterator[Item]) -> tuple[list[Item], int]:
-        """The items of this process's next step, and the number of batches in those of all processes."""
-        taken, missing = [], self.config.accumulation_steps
+    def take(self, items: Iterator[Item], share: int) -> tuple[list[Item], int]:
+        """The items of this process's next step with `share` batches, and the number of batches of all processes."""
+        taken, missing = [], share
         while missing and (item := next(items, None)):
             taken.append(item)
             missing -= item.batch is not None
-        return taken, distributed.sum_over_processes(self.config.accumulation_steps - missing)
+        return taken, distributed.sum_over_processes(share - missing)
 
     def advance(self, items: list[Item]) -> None:
         for item in items:
