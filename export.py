@@ -148,9 +148,9 @@ def to_safetensors(translator: Translator, output_dir: str | Path) -> None:
     except safetensors.SafetensorError as error:
         raise InputError(f"cannot write {folder} ({error}); free some space or choose another folder") from None
     folder.exported_weights.chmod(0o644)  # safetensors writes files that only their owner may read
-    folder.write_checksum()
     folder.save_config(without_paths(translator.config))
     copy_tokenizers(translator, folder.path)
+    folder.write_checksum()
     (folder.path / "README.md").write_text(model_card(translator), encoding="utf8")
 
 

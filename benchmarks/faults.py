@@ -1,170 +1,102 @@
-"""Inject faults into training runs: they must survive kills, signals, damaged files and full disks.
+"""Inject faults into training runs: they must survive kills, signals, damaged files, full disks and much else.
 
-    python benchmarks/faults.py            # all trials, about 20 minutes
-    python benchmarks/faults.py --quick    # a sixth of them
+    python benchmarks/faults.py                        # all trials, about 45 minutes
+    python benchmarks/faults.py --quick                # a sixth of them
+    python benchmarks/faults.py --only mirror clock    # only kinds of faults with these words in their names
 
 A tiny run (360 pairs, two epochs, a checkpoint every other step) is trained once without faults. Each trial trains it
 again, injects a fault, and resumes with the same command. The final state must be bit-identical: weights, EMA,
-optimizer, random number generators, progress and scores.
+optimizer, random number generators, progress and scores. Faults of single files and commands are tests; they are run
+here as well, so that the table is complete.
 """
 
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
-import hashlib
 import io
 import itertools
-import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from fault_runs import (
+    READ_ONLY,
+    ROOT,
+    SPAWN,
+    Bench,
+    final_state,
+    has_no_temporary_files,
+    mount,
+    newest_is_readable,
+    train,
+)
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config
-import train
-from corpora.toy import toy_pairs
-from runs import checkpoint, files
+from runs import checkpoint, files, mirror
 from runs import folder as run_folder
-from runs.checkpoint import DamagedCheckpoint, load_checkpoint
 from runs.folder import RunFolder
-
-# Processes are forked from a server that has already imported everything, so that each starts in 0.2 s.
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["train"])
-
-FLAGS = {
-    "preset": "toy", "validation-source": "", "d-model": 32, "encoder-layers": 1, "decoder-layers": 1, "num-heads": 2,
-    "d-ff": 64, "dropout": 0.1, "attention-dropout": 0.1, "num-epochs": 2, "batch-tokens": 512, "warmup-steps": 5,
-    "lr-schedule": "constant", "ema-decay": 0.9, "keep-checkpoints": 1, "save-every-steps": 2,
-    "validation-sentences": 4, "validation-examples": 1, "device": "cpu",
-}  # fmt: skip
-
-
-@dataclass
-class Bench:
-    """A working folder with the corpus, the flags of the run, and its final state without faults."""
-
-    folder: Path
-    flags: dict = field(default_factory=dict)
-    expected: str = ""
-
-    @classmethod
-    def prepare(cls, folder: Path, **flags) -> "Bench":
-        bench = cls(folder, {**FLAGS, "datasource": str(folder / "pairs.tsv"), **flags})
-        pairs = toy_pairs("en", "it", "train")[:400]
-        text = "".join(f"{pair.src_text}\t{pair.tgt_text}\n" for pair in pairs)
-        (folder / "pairs.tsv").write_text(text, encoding="utf8")
-        bench.train("whole")
-        bench.expected = final_state(folder / "whole")
-        return bench
-
-    def train(self, run: str, *more: str, disturb: Callable[[], None] | None = None) -> int:
-        """Runs train.py in a new process to its end; returns the exit status. `disturb` is called before it starts."""
-        process = self.start(run, *more, disturb=disturb)
-        process.join()
-        return process.exitcode
-
-    def start(self, run: str, *more: str, disturb: Callable[[], None] | None = None, started=None):
-        """Starts train.py in a new process. It sets the event `started` at the first training step."""
-        flags = [word for name, value in self.flags.items() for word in (f"--{name}", str(value))]
-        arguments = [*flags, "--run-dir", str(self.folder / run), *more]
-        log = self.folder / f"{run}.log"
-        process = SPAWN.Process(target=run_train, args=(arguments, log, disturb, started))
-        process.start()
-        return process
-
-    def fresh(self, run: str) -> Path:
-        """The folder for a run, which is removed if it exists."""
-        shutil.rmtree(self.folder / run, ignore_errors=True)
-        (self.folder / f"{run}.log").unlink(missing_ok=True)
-        return self.folder / run
-
-
-def run_train(arguments: list[str], log: Path, disturb: Callable[[], None] | None, started) -> None:
-    """Runs in the new process: train.py with these arguments, its output appended to a file."""
-    torch.set_num_threads(1)
-    with log.open("a", encoding="utf8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["train.py", *arguments]
-    if disturb:
-        disturb()
-    if started:
-        step = train.train_step
-
-        def signaling_step(*args, **options):
-            started.set()
-            return step(*args, **options)
-
-        train.train_step = signaling_step
-    config.run_command(train.main)
-
-
-def final_state(run: Path) -> str:
-    """A digest of the state in the newest checkpoint and of the scores."""
-    state = load_checkpoint(RunFolder(run).checkpoints()[-1])
-    digest = hashlib.sha256((run / "scores.jsonl").read_bytes())
-
-    def add(value) -> None:
-        if isinstance(value, dict):
-            for name in value:
-                digest.update(str(name).encode())
-                add(value[name])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                add(item)
-        elif isinstance(value, torch.Tensor):
-            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(value).encode())
-
-    for name in ("model", "ema_model", "optimizer", "progress", "rng"):
-        add(state[name])
-    return digest.hexdigest()
-
-
-def newest_is_readable(run: Path) -> bool:
-    files = RunFolder(run).checkpoints()
-    try:
-        return not files or bool(load_checkpoint(files[-1]))
-    except DamagedCheckpoint:
-        return False
-
-
-def has_no_temporary_files(run: Path) -> bool:
-    return not list(run.glob(".*.tmp"))
-
 
 # ---------------------------------------------------------------------------- kills
 
-# Points around a save at which a process can be killed: the module, the function, and when.
-POINTS = {
-    "before the file is written": (torch, "save", "before"),
-    "file half written": (torch, "save", "half"),
-    "file written, no checksum": (checkpoint, "_seal", "before"),
-    "checksum half written": (checkpoint, "_seal", "half"),
-    "checksum written, not renamed": (os, "replace", "before"),
-    "renamed": (os, "replace", "after"),
-    "folder flushed": (files, "flush_folder", "after"),
-    "saved, older checkpoints of the epoch not removed": (run_folder, "save_checkpoint", "after"),
-    "saved, not validated": (train, "run_validation", "before"),
-    "validated, score not written": (RunFolder, "write_scores", "before"),
-    "score written, not pruned": (RunFolder, "prune", "before"),
+
+def every_call(*_, **__) -> bool:
+    return True
+
+
+def writes_checkpoint(_, target: str | Path) -> bool:
+    return Path(target).suffix == ".pt"
+
+
+def is_checkpoint(path: Path, **_) -> bool:
+    return path.suffix == ".pt" and not path.name.startswith(".")
+
+
+class Point(NamedTuple):
+    """A point at which a process can be killed: a function, and whether before, after, or when half of its file is
+    written. `counts` tells which of its calls count."""
+
+    owner: object
+    name: str
+    when: str
+    counts: Callable[..., bool] = every_call
+
+
+POINTS = {  # around a save
+    "before the file is written": Point(torch, "save", "before"),
+    "file half written": Point(torch, "save", "half"),
+    "file written, no checksum": Point(checkpoint, "_seal", "before"),
+    "checksum half written": Point(checkpoint, "_seal", "half"),
+    "checksum written, not renamed": Point(os, "replace", "before", writes_checkpoint),
+    "renamed": Point(os, "replace", "after", writes_checkpoint),
+    "folder flushed": Point(files, "flush_folder", "after", lambda folder: bool(RunFolder(folder).checkpoints())),
+    "saved, older checkpoints of the epoch not removed": Point(run_folder, "save_checkpoint", "after"),
+    "an older checkpoint removed": Point(Path, "unlink", "after", is_checkpoint),
+    "saved, not validated": Point(train, "run_validation", "before"),
+    "validation loss computed": Point(train, "validation_loss", "after"),
+    "validation sentences translated": Point(train, "score", "before"),
+    "validated, score not written": Point(RunFolder, "write_scores", "before"),
+    "score written, not pruned": Point(RunFolder, "prune", "before"),
 }
-
-
+MIRROR_POINTS = {
+    "before a file is copied": Point(shutil, "copy2", "before"),
+    "half copied": Point(shutil, "copy2", "half"),
+    "copied, not verified": Point(mirror, "verify", "before"),
+    "old copy moved away": Point(os, "replace", "after", lambda _, target: str(target).endswith(".old.tmp")),
+    "old copy emptied, not removed": Point(os, "truncate", "after"),
+}
 WHILE_WRITING = list(POINTS)[1:5]  # points at which a temporary file exists
 
 
@@ -172,39 +104,46 @@ def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_at(point: str, nth: int) -> None:
+def die_at(name: str, nth: int) -> None:
     """Makes this process kill itself when it reaches a point for the n-th time."""
-    module, name, when = POINTS[point]
-    original, calls = getattr(module, name), itertools.count(1)
+    point = (POINTS | MIRROR_POINTS)[name]
+    original, calls = getattr(point.owner, point.name), itertools.count(1)
 
     @functools.wraps(original)
     def wrapper(*args, **kwargs):
-        if name == "replace" and not str(args[1]).endswith(".pt"):  # configs and scores are also renamed
-            return original(*args, **kwargs)
-        if name == "flush_folder" and not RunFolder(args[0]).checkpoints():  # the config, before training
-            return original(*args, **kwargs)
-        is_nth = next(calls) == nth
-        if is_nth and when == "before":
+        is_nth = point.counts(*args, **kwargs) and next(calls) == nth
+        if is_nth and point.when == "before":
             kill_self()
         result = original(*args, **kwargs)
-        if is_nth and when == "half":  # half of the file that torch.save wrote, or half of the digest at its end
+        if is_nth and point.when == "half":  # half of the file that was written, or half of the digest at its end
             path = args[-1]
             size = os.path.getsize(path)
-            os.truncate(path, size // 2 if name == "save" else size - 32)
+            os.truncate(path, size - 32 if point.name == "_seal" else size // 2)
         if is_nth:
             kill_self()
         return result
 
-    setattr(module, name, wrapper)
+    setattr(point.owner, point.name, wrapper)
 
 
-def kill_at_point(bench: Bench, point: str, nth: int) -> bool:
+def kill_at_point(bench: Bench, name: str, nth: int) -> bool:
     """The run is killed when it reaches a point for the n-th time, and resumed."""
     run = bench.fresh("killed")
-    status = bench.train("killed", disturb=functools.partial(die_at, point, nth))
+    status = bench.train("killed", disturb=functools.partial(die_at, name, nth))
     has_temporary_file = any(".pt." in path.name for path in run.glob(".*.tmp"))
-    was_killed = status == -signal.SIGKILL and has_temporary_file == (point in WHILE_WRITING)
+    was_killed = status == -signal.SIGKILL and has_temporary_file == (name in WHILE_WRITING)
     return was_killed and newest_is_readable(run) and bench.train("killed") == 0 and has_expected_end(bench, run)
+
+
+def kill_while_mirroring(bench: Bench, name: str, nth: int, is_lost: bool) -> bool:
+    """The run is killed while it is copied to its mirror, its folder is lost or not, and it is resumed."""
+    run, copy = bench.fresh("mirrored"), bench.fresh("mirror")
+    flags = "--mirror-dir", str(copy)
+    status = bench.train("mirrored", *flags, disturb=functools.partial(die_at, name, nth))
+    if is_lost:
+        shutil.rmtree(run)
+    good = status == -signal.SIGKILL and bench.train("mirrored", *flags) == 0
+    return good and has_expected_end(bench, run) and has_expected_end(bench, copy)
 
 
 def kill_at_random(bench: Bench, rng: random.Random, seconds: float) -> bool:
@@ -218,6 +157,37 @@ def kill_at_random(bench: Bench, rng: random.Random, seconds: float) -> bool:
         process.join()
         readable = readable and newest_is_readable(run)
     return readable and bench.train("killed") == 0 and has_expected_end(bench, run)
+
+
+def clock_set_back(bench: Bench, rng: random.Random, seconds: float) -> bool:
+    """The run is killed, and resumed when the clock shows the day before: its files are from the future."""
+    run, copy = bench.fresh("clock"), bench.fresh("clock mirror")
+    flags = "--mirror-dir", str(copy)
+    process = bench.start("clock", *flags)
+    process.join(rng.uniform(seconds / 2, seconds))
+    process.kill()
+    process.join()
+    tomorrow = time.time() + 86_400
+    for path in (*run.rglob("*"), *copy.rglob("*")):
+        os.utime(path, (tomorrow, tomorrow))
+    return bench.train("clock", *flags) == 0 and has_expected_end(bench, run) and has_expected_end(bench, copy)
+
+
+def folder_removed(bench: Bench, has_mirror: bool) -> bool:
+    """The run's folder is removed while it trains: one line; the same command starts again, from the mirror if any."""
+    run, copy, started = bench.fresh("removed"), bench.fresh("removed mirror"), SPAWN.Event()
+    flags = ("--mirror-dir", str(copy)) if has_mirror else ()
+    process = bench.start("removed", *flags, started=started)
+    if not started.wait(120):
+        process.kill()
+        return False
+    while not RunFolder(copy if has_mirror else run).checkpoints():
+        time.sleep(0.01)
+    while run.exists():  # the process may just be writing a file
+        shutil.rmtree(run, ignore_errors=True)
+    process.join()
+    good = process.exitcode == 2 and has_one_error(bench, "removed")
+    return good and bench.train("removed", *flags) == 0 and has_expected_end(bench, run)
 
 
 def has_expected_end(bench: Bench, run: Path) -> bool:
@@ -285,14 +255,6 @@ def replace_newest(bench: Bench) -> bool:
 # ---------------------------------------------------------------------------- full disks
 
 
-def mount(folder: Path, size: int) -> bool:
-    """Mounts an empty file system of `size` bytes on the folder; returns False if not permitted (root on Linux)."""
-    try:
-        return ctypes.CDLL(None).mount(b"none", bytes(folder), b"tmpfs", 0, f"size={size}".encode()) == 0
-    except AttributeError:
-        return False
-
-
 def limit_files(size: int) -> None:
     """Limits the files of this process to `size` bytes each; writing more raises an error, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -338,16 +300,152 @@ def disk_full(bench: Bench, fraction: float) -> bool:
 
 def fails_cleanly(bench: Bench, run: Path, before: dict[Path, bytes], disturb: Callable | None = None) -> bool:
     """The run ends with one error line and status 2, and the files of `before` are unchanged."""
-    log = bench.folder / "full.log"
-    log.unlink()
-    status = bench.train("full", disturb=disturb)
-    errors = [line for line in log.read_text(encoding="utf8").splitlines() if line.startswith("error:")]
+    (bench.folder / f"{run.name}.log").unlink()
+    status = bench.train(run.name, disturb=disturb)
     unchanged = all(path.is_file() and path.read_bytes() == content for path, content in before.items())
-    one_error = len(errors) == 1 and "Traceback" not in log.read_text(encoding="utf8")
-    return status == 2 and one_error and unchanged and has_no_temporary_files(run)
+    return status == 2 and has_one_error(bench, run.name) and unchanged and has_no_temporary_files(run)
+
+
+def has_one_error(bench: Bench, run: str) -> bool:
+    """Whether train.py has printed one error line, and no traceback."""
+    log = bench.log(run)
+    return log.count("\nerror: ") + log.startswith("error: ") == 1 and "Traceback" not in log
+
+
+def set_variable(name: str, value: str) -> None:
+    os.environ[name] = value
+    tempfile.tempdir = None  # TMPDIR is read again
+
+
+def full_cache(bench: Bench, variable: str) -> bool:
+    """With a full disk under HF_HOME or TMPDIR, training ends with a line that names it, or does not need it."""
+    run, copy = bench.fresh("cache"), bench.fresh("cache mirror")
+    cache = bench.fresh("full cache")
+    cache.mkdir()
+    flags = "--mirror-dir", str(copy)  # which uses the temporary folder
+    if not mount(cache, 8 * 4096):
+        return False
+    try:
+        status = bench.train("cache", *flags, disturb=functools.partial(set_variable, variable, str(cache)))
+    finally:
+        ctypes.CDLL(None).umount(bytes(cache))
+    told = status == 0 or (status == 2 and has_one_error(bench, "cache") and variable in bench.log("cache"))
+    return told and bench.train("cache", *flags) == 0 and has_expected_end(bench, run)
+
+
+# ---------------------------------------------------------------------------- permissions and I/O errors
+
+
+def obey_permissions() -> None:
+    """Drops all capabilities of this process: without them, permissions hold for root as well."""
+    version_3, this_process = 0x20080522, 0
+    header, nothing = (ctypes.c_uint32 * 2)(version_3, this_process), (ctypes.c_uint32 * 6)()
+    capset = 126 if os.uname().machine == "x86_64" else 91
+    if os.geteuid() == 0 and ctypes.CDLL(None).syscall(capset, header, nothing):
+        raise OSError("cannot drop the capabilities")
+
+
+def without_permission(bench: Bench, what: str, mode: int) -> bool:
+    """A file or folder that may not be read or written is one error line and changes nothing; then the run resumes.
+
+    Training may also do without it: the corpus is in the cache, and the config is written again.
+    """
+    run = bench.fresh("forbidden")
+    status = bench.train("forbidden", "--num-epochs", "1")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    path = {"corpus": bench.folder / "pairs.tsv", "checkpoint": RunFolder(run).checkpoints()[-1]}.get(what, run / what)
+    previous = path.stat().st_mode
+    path.chmod(mode)
+    try:
+        if bench.train("forbidden", disturb=obey_permissions) == 0:
+            return what in ("corpus", "config.json") and has_expected_end(bench, run)
+    finally:
+        path.chmod(previous)
+    told = has_one_error(bench, "forbidden") and has_no_temporary_files(run)
+    unchanged = all(path.read_bytes() == content for path, content in before.items())
+    return status == 0 and told and unchanged and bench.train("forbidden") == 0 and has_expected_end(bench, run)
+
+
+def read_only_file_system(bench: Bench) -> bool:
+    run = bench.fresh("read only")
+    status = bench.train("read only", "--num-epochs", "1")
+    kept = run.rename(bench.fresh("kept"))
+    run.mkdir()
+    if not mount(run, 1 << 28):
+        return False
+    try:
+        shutil.copytree(kept, run, dirs_exist_ok=True)
+        mount(run, 1 << 28, READ_ONLY)
+        good = fails_cleanly(bench, run, {path: path.read_bytes() for path in RunFolder(run).checkpoints()})
+    finally:
+        ctypes.CDLL(None).umount(bytes(run))
+    run.rmdir()
+    kept.rename(run)
+    return status == 0 and good and bench.train("read only") == 0 and has_expected_end(bench, run)
+
+
+WRITERS = {"checkpoint": (torch, "save", 2), "flush": (os, "fsync", 9), "rename": (os, "replace", 9)}
+
+
+def fail_at(writer: str, number: int) -> None:
+    """Makes the n-th call of a function raise an OSError, as a failing disk or a lost network share does."""
+    owner, name, nth = WRITERS[writer]
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    @functools.wraps(original)
+    def wrapper(*args, **kwargs):
+        if next(calls) == nth:
+            raise OSError(number, os.strerror(number))
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+def io_error(bench: Bench, writer: str, number: int) -> bool:
+    """An I/O error while a file is written is one error line; then the run resumes."""
+    run = bench.fresh("failing")
+    status = bench.train("failing", disturb=functools.partial(fail_at, writer, number))
+    told = status == 2 and has_one_error(bench, "failing") and has_no_temporary_files(run)
+    return told and newest_is_readable(run) and bench.train("failing") == 0 and has_expected_end(bench, run)
+
+
+# ---------------------------------------------------------------------------- faults that are tests
+
+TESTS = {
+    "two processes, one mirror or run": "test_mirror.py test_attack.py test_train.py -k 'test_02 or mirror or lock'",
+    "losses or weights not finite": "test_attack.py test_train.py -k 'test_03 or not_finite or nonfinite'",
+    "bad input, training from scratch": "test_attack.py -k 'test_04 or test_06'",
+    "config and checkpoint disagree": "test_attack.py -k test_10",
+    "sealed, but wrong content": "test_attack.py -k 'test_09 or test_30'",
+    "corpus or validation set changed": "test_attack.py -k test_11",
+    "special files and links": "test_attack.py -k test_21",
+    "consoles, closed output": "test_commands.py -k 'console or utf8 or closed or closes or narrow'",
+    "hostile text in pages": "test_page.py test_interpret.py test_widgets.py -k 'script or becomes_part or plain_text'",
+    "memory of the CPU": "test_attack.py test_commands.py -k 'test_19 or test_22 or files_and_of_the_machine'",
+    "export or conversion killed": "test_attack.py test_export.py -k 'test_13 or test_33 or flipped or test_34'",
+    "huge lines and numbers": "test_attack.py -k 'test_18 or test_32 or test_15'",
+    "JSON of another shape": "test_attack.py -k test_29",
+}
+
+
+def run_tests(selection: str) -> tuple[int, int]:
+    """How many of the selected tests pass, and how many there are."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", "-rN", "-v"]
+    words = re.findall(r"'[^']*'|\S+", selection)
+    command += [str(ROOT / "tests" / word) if word.endswith(".py") else word.strip("'") for word in words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
+    return counts.get("passed", 0), sum(counts.values())
 
 
 # ---------------------------------------------------------------------------- trials
+
+
+# All regularizers, several batches per step, data loader workers, and early stopping
+COMBINATION = {
+    "tokenizer": "bpe", "vocab-size": 300, "bpe-dropout": 0.1, "rdrop-alpha": 1.0, "accumulation-steps": 2,
+    "num-workers": 2, "patience": 3,
+}  # fmt: skip
 
 
 def plan(bench: Bench, share: float, seed: int = 0) -> list[tuple[str, list[Callable[[], bool]]]]:
@@ -361,40 +459,68 @@ def plan(bench: Bench, share: float, seed: int = 0) -> list[tuple[str, list[Call
     def trials(full: int) -> range:
         return range(max(1, round(share * full)))
 
-    points = [(point, nth) for point in POINTS for nth in (1, 2)]
-    points = rng.sample(points, len(trials(len(points)))) if share < 1 else points
-    signals = [(signal.SIGINT, signal.SIGTERM)[i % 2] for i in trials(40)]
+    def some(everything: Iterable) -> list:
+        everything = list(everything)
+        return rng.sample(everything, len(trials(len(everything))))
+
+    points = some(itertools.product(POINTS, (1, 2)))
+    mirror_points = some(itertools.product(MIRROR_POINTS, (1, 3, 6), (False, True)))
+    signals = [(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[i % 3] for i in trials(42)]
     space = (0.02, 0.3, 0.6, 0.9, 0.99)[: len(trials(5))]
+    failures = some(itertools.product(WRITERS, (errno.EIO, errno.ESTALE, errno.EDQUOT)))
+    forbidden = ("corpus", 0), ("checkpoint", 0), ("config.json", 0), ("scores.jsonl", 0), ("", 0o500)
+    combined = Bench.prepare(bench.folder / "combined", **COMBINATION)
+
+    def trial(function: Callable[..., bool], *arguments, of: Bench = bench) -> Callable[[], bool]:
+        return functools.partial(function, of, *arguments)
+
     return [
-        ("SIGKILL around a save", [functools.partial(kill_at_point, bench, *point) for point in points]),
-        ("SIGKILL at a random time", [functools.partial(kill_at_random, bench, rng, seconds) for _ in trials(100)]),
-        ("SIGINT or SIGTERM", [functools.partial(stopped_by_signal, bench, s, rng, seconds / 2) for s in signals]),
+        ("SIGKILL around a save", [trial(kill_at_point, *point) for point in points]),
+        ("SIGKILL at a random time", [trial(kill_at_random, rng, seconds) for _ in trials(100)]),
+        ("SIGKILL, all options", [trial(kill_at_random, rng, 3 * seconds, of=combined) for _ in trials(30)]),
+        ("SIGKILL while mirroring", [trial(kill_while_mirroring, *point) for point in mirror_points]),
+        ("SIGINT, SIGTERM, SIGHUP", [trial(stopped_by_signal, number, rng, seconds / 2) for number in signals]),
+        ("clock set back", [trial(clock_set_back, rng, seconds) for _ in trials(10)]),
+        ("folder removed", [trial(folder_removed, has_mirror) for has_mirror in (False, True)]),
         (
             "checkpoint truncated",
             [lambda: damage_newest(bench, lambda b: b[: rng.randrange(1, len(b))]) for _ in trials(50)],
         ),
         ("one bit flipped", [lambda: damage_newest(bench, functools.partial(flip, rng)) for _ in trials(300)]),
         ("checkpoint emptied", [lambda: damage_newest(bench, lambda _: b"")]),
-        ("replaced by an older one", [lambda: replace_newest(bench)]),
-        ("disk full", [functools.partial(disk_full, bench, fraction) for fraction in space]),
+        ("replaced by an older one", [trial(replace_newest)]),
+        ("disk full", [trial(disk_full, fraction) for fraction in space]),
+        ("cache or TMPDIR full", [trial(full_cache, variable) for variable in ("HF_HOME", "TMPDIR")]),
+        ("read-only file system", [trial(read_only_file_system)]),
+        ("no permission", [trial(without_permission, *path_and_mode) for path_and_mode in forbidden]),
+        ("I/O error", [trial(io_error, *failure) for failure in failures]),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a sixth of the trials only")
+    parser.add_argument("--only", nargs="+", default=[""], help="only kinds of faults whose names contain one of these")
     arguments = parser.parse_args()
+
+    def report(name: str, count: Callable[[], tuple[int, int]]) -> bool:
+        if not any(word in name for word in arguments.only):
+            return True
+        start = time.perf_counter()
+        survived, trials = count()
+        print(f"| {name:<32} | {survived:>8} | {trials:>6} | {time.perf_counter() - start:>7.0f} |", flush=True)
+        return survived == trials > 0
+
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         bench = Bench.prepare(Path(folder))
-        print(f"| {'fault':<24} | survived | trials | seconds |\n|{'-' * 26}|----------|--------|---------|")
-        failures = 0
+        print(f"| {'fault':<32} | survived | trials | seconds |\n|{'-' * 34}|----------|--------|---------|")
+        good = True
         for name, trials in plan(bench, 1 / 6 if arguments.quick else 1):
-            start = time.perf_counter()
-            survived = sum(trial() for trial in tqdm(trials, desc=name, leave=False))
-            failures += len(trials) - survived
-            seconds = time.perf_counter() - start
-            print(f"| {name:<24} | {survived:>8} | {len(trials):>6} | {seconds:>7.0f} |", flush=True)
-    sys.exit(failures > 0)
+            bar = tqdm(trials, desc=name, leave=False)
+            good &= report(name, lambda bar=bar: (sum(trial() for trial in bar), len(bar)))
+        for name, selection in TESTS.items():
+            good &= report(name, functools.partial(run_tests, selection))
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ tmodel_07_weights.pt          the weights of one, without the optimizer, restore
 scores.jsonl                  one line per validation
 tensorboard/                  curves
 model.safetensors             the weights of an exported run, instead of checkpoints
-model.safetensors.sha256      their checksum
+model.safetensors.sha256      checksums of the weights, the config and the tokenizers
 set_aside/                    files that an earlier training in this folder left
 run_id                        a random text that tells this run from all others
 .lock                         locked by the training process
@@ -217,13 +217,16 @@ class RunFolder:
         try:
             rows = [parse_object(line) for line in read_run_file(path).splitlines()]
             for row in rows:
+                if self.run_id and row.pop("run_id", self.run_id) != self.run_id:
+                    raise ValueError("it belongs to another run than run_id beside it")
                 check_score(row)
             return rows
         except ValueError as error:
             raise InputError(f"{path} cannot be read ({error}); remove the damaged line, or restore the file") from None
 
     def write_scores(self, rows: list[dict]) -> None:
-        write_atomically(self.scores_file, "".join(json.dumps(row) + "\n" for row in rows))
+        identity = {"run_id": self.run_id} if self.run_id else {}
+        write_atomically(self.scores_file, "".join(json.dumps(row | identity) + "\n" for row in rows))
 
     def drop_scores_after(self, step: int) -> None:
         """Removes the scores of later steps, which were written before training resumed from this step."""
@@ -361,15 +364,22 @@ class RunFolder:
     # ------------------------------------------------------------------------ exported weights
 
     def write_checksum(self) -> None:
-        """Writes the SHA-256 of the exported weights, in the format of sha256sum."""
-        write_atomically(self.checksum_file, f"{sha256(self.exported_weights)}  {WEIGHTS_FILE}\n")
+        """Writes the SHA-256 of each file that translation needs, in the format of sha256sum."""
+        files = (self.exported_weights, self.config_file, *sorted(self.path.glob("tokenizer_*.json")))
+        write_atomically(self.checksum_file, "".join(f"{sha256(file)}  {file.name}\n" for file in files))
 
     def verify_export(self) -> None:
-        """Raises InputError if the exported weights do not match their checksum; earlier exports have none."""
+        """Raises InputError if a file does not match its checksum, as after a mix of two exports.
+
+        Earlier exports have a checksum of the weights, or none.
+        """
         if not self.checksum_file.is_file():
             return
-        if read_run_file(self.checksum_file).split()[:1] != [sha256(self.exported_weights)]:
-            raise InputError(f"{self.exported_weights} does not match {self.checksum_file.name}; copy the folder again")
+        for line in read_run_file(self.checksum_file).splitlines():
+            digest, _, name = line.partition("  ")
+            file = self.path / Path(name).name
+            if not file.is_file() or sha256(file) != digest:
+                raise InputError(f"{file} does not match {self.checksum_file.name}; copy the folder again")
 
     # ------------------------------------------------------------------------ one process at a time
 

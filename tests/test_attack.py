@@ -220,6 +220,13 @@ def test_11_a_checkpoint_of_an_earlier_version_resumes(folder, run):
     assert run(RESUME)[0] == 0
 
 
+def test_11_scores_of_another_run_are_refused(folder, run):
+    row = '{"epoch": 1, "batch": 0, "step": 7, "loss": 1.0, "run_id": "another"}\n'
+    file("run/scores.jsonl", row)(folder)
+    for command in ("train --run-dir run --max-steps 99", "evaluate --run-dir run"):
+        assert "scores.jsonl cannot be read (it belongs to another run" in one_error(*run(command))
+
+
 def test_13_an_export_holds_nothing_of_a_killed_one(folder, run):
     (folder / ".out.tmp").mkdir()
     (folder / ".out.tmp" / "left_over").touch()

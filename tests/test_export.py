@@ -110,15 +110,18 @@ def test_safetensors_load_from_a_folder_or_from_the_hub(trained_run, translator,
         Translator.load(folder, "cpu")
 
 
-def test_exported_weights_with_a_flipped_bit_are_refused(translator, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_it.json"])
+def test_exports_with_a_changed_file_are_refused(translator, tmp_path, name):
     to_safetensors(translator, tmp_path)
-    weights = tmp_path / "model.safetensors"
-    expected = (tmp_path / "model.safetensors.sha256").read_text().split()
-    assert expected == [hashlib.sha256(weights.read_bytes()).hexdigest(), "model.safetensors"]
-    damaged = bytearray(weights.read_bytes())
-    damaged[-1000] ^= 1
-    weights.write_bytes(damaged)
-    with pytest.raises(InputError, match="does not match"):
+    lines = [line.split() for line in (tmp_path / "model.safetensors.sha256").read_text().splitlines()]
+    assert [hashlib.sha256((tmp_path / file).read_bytes()).hexdigest() for _, file in lines] == [d for d, _ in lines]
+    changed = bytearray((tmp_path / name).read_bytes())
+    if name == "model.safetensors":
+        changed[-1000] ^= 1
+    else:
+        changed += b"\n"
+    (tmp_path / name).write_bytes(changed)
+    with pytest.raises(InputError, match=f"{name} does not match"):
         Translator.load(tmp_path)
     (tmp_path / "model.safetensors.sha256").unlink()  # as in exports of earlier versions
     Translator.load(tmp_path)

@@ -1,5 +1,6 @@
 """A part of the fault injection plan; benchmarks/faults.py runs all of it."""
 
+import errno
 import functools
 import os
 import random
@@ -40,7 +41,7 @@ def test_a_kill_at_a_random_moment(bench, seed):
     assert faults.kill_at_random(bench, random.Random(seed), seconds=1.5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_stops(bench, number):
     assert faults.stopped_by_signal(bench, number, random.Random(0), seconds=0.5)
 
@@ -71,3 +72,29 @@ def test_damaged_files(bench):
 def test_a_full_disk(bench, monkeypatch):
     monkeypatch.setattr(faults, "mount", lambda *_: False)  # mounts are left to the full plan
     assert faults.disk_full(bench, 0.6)
+
+
+@pytest.mark.parametrize("point", faults.MIRROR_POINTS)
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_kill_while_the_run_is_mirrored(bench, point, is_lost):
+    assert faults.kill_while_mirroring(bench, point, 3, is_lost)
+
+
+def test_a_clock_that_is_set_back(bench):
+    assert faults.clock_set_back(bench, random.Random(0), seconds=1.5)
+
+
+@pytest.mark.parametrize("has_mirror", [False, True])
+def test_a_folder_that_is_removed_while_its_run_trains(bench, has_mirror):
+    assert faults.folder_removed(bench, has_mirror)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities of Linux")
+@pytest.mark.parametrize(("what", "mode"), [("checkpoint", 0), ("", 0o500)])
+def test_missing_permissions(bench, what, mode):
+    assert faults.without_permission(bench, what, mode)
+
+
+@pytest.mark.parametrize("writer", faults.WRITERS)
+def test_an_io_error_while_writing(bench, writer):
+    assert faults.io_error(bench, writer, errno.EIO)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import math
 import os
 import shutil
@@ -30,6 +29,7 @@ from training.state import TrainingState, make_optimizer, rng_state
 from translate import Translator
 
 CPU = torch.device("cpu")
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class ManualRun:
@@ -65,7 +65,7 @@ def test_learning_rates_follow_the_warmup_and_the_schedule():
 @pytest.mark.slow
 def test_one_epoch_on_the_toy_corpus_translates_held_out_sentences(trained_run):
     """End to end. One epoch reaches a BLEU of about 90; the floor is far below that."""
-    (scores,) = [json.loads(line) for line in (trained_run / "scores.jsonl").read_text().splitlines()]
+    (scores,) = RunFolder(trained_run).read_scores()
     assert scores["bleu"] > 50
     assert scores["loss"] < 1
     names = {path.name for path in trained_run.iterdir() if not path.name.startswith(".")}
@@ -470,7 +470,7 @@ def flags_of(config: Config) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tiny_config, tmp_path, number):
     config = replace(tiny_config, num_epochs=60)
     command = [sys.executable, "-u", str(ROOT / "train.py"), *flags_of(config)]
@@ -487,6 +487,23 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(tiny_config, t
     assert resumed.returncode == 0, resumed.stderr
     assert f"step {step:,}" in resumed.stdout
     assert "python translate.py --run-dir" in resumed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals of Unix")
+def test_closing_the_terminal_saves_a_checkpoint(tiny_config):
+    config = replace(tiny_config, num_epochs=60)
+    terminal, end_of_process = os.openpty()
+    command = [sys.executable, "-c", "import os; os.login_tty(0); import train; train.run_command(train.main)"]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), end_of_process)
+    process = subprocess.Popen([*command, *flags_of(config)], cwd=ROOT, start_new_session=False, **streams)
+    os.close(end_of_process)
+    with os.fdopen(terminal, "rb", buffering=0) as output:
+        shown = b""
+        while b"validation   loss" not in shown:  # the first of 60
+            shown += output.read(1_000)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert load_checkpoint(checkpoints(config)[-1])["progress"]["step"] > 0
 
 
 @pytest.mark.slow
