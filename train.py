@@ -41,6 +41,7 @@ from compute.device import (
 )
 from compute.threads import share_cores
 from corpora.sources import count_shared, load_split
+from corpora.streams import load_sample, open_stream
 from dataset import Batches, BilingualDataset, encode_splits, make_loader, save_tokenizers
 from evaluate import format_scores, score
 from runs import mirror
@@ -52,6 +53,7 @@ from training.losses import LossInputs, TrainingLoss, count_target_tokens
 from training.resume import ResumePoint, check_same_data, find_resume_point, load_state
 from training.signals import StopSignal, starting_workers
 from training.state import Progress, TrainingState
+from training.streaming import StreamedPairs
 from translate import Translator
 
 if TYPE_CHECKING:
@@ -93,28 +95,43 @@ class StepBatches(NamedTuple):
     batches: list[dict]  # equally many in every process
     dummies: int  # number of batches at the end with weight 0: other processes have more than this one
     consumed: int  # number of batches of all processes in this step
+    is_last: bool = False  # of the epoch
+
+    @classmethod
+    def of(cls, found: list[dict], own: int, passes: int, consumed: int, is_last: bool) -> StepBatches:
+        """Of one or more batches, the first `own` count; the last one is repeated up to `passes` batches."""
+        return cls(found + found[-1:] * (passes - len(found)), passes - own, consumed, is_last)
 
 
 def optimizer_steps(
-    train: BilingualDataset, batches: Batches, config: Config, start: int, device: torch.device
+    train: BilingualDataset | StreamedPairs, config: Config, progress: Progress, device: torch.device
 ) -> Iterator[StepBatches]:
-    """Yields the batches of each optimizer step of an epoch, from batch `start` on."""
+    """Yields the batches of each optimizer step of the epoch, from the batch of `progress` on."""
+    size = config.accumulation_steps * distributed.world_size()
+    if config.stream:
+        passes = math.ceil(size / distributed.world_size())
+        with explained_worker_loss(config):
+            for own, consumed, is_last in train.steps(size, pin_memory=device.type == "cuda"):
+                yield StepBatches.of(own or [train.sample[[0]]], len(own), passes, consumed, is_last)
+        return
+    batches, start = Batches(train, config, progress.epoch), progress.batch
     own = distributed.own_batches(batches.starting_at(start), config.accumulation_steps)
     with starting_workers() if config.num_workers else contextlib.nullcontext():
         loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
-    size = config.accumulation_steps * distributed.world_size()
     for count in distributed.own_counts(len(batches) - start, config.accumulation_steps):
         consumed = min(size, len(batches) - start)
         passes = math.ceil(consumed / distributed.world_size())  # with --shard, each one needs all processes
-        found = next_batches(loader, max(1, count), config)
-        yield StepBatches(found + found[-1:] * (passes - len(found)), passes - count, consumed)
+        with explained_worker_loss(config):
+            found = list(islice(loader, max(1, count)))
+        yield StepBatches.of(found, count, passes, consumed, consumed == len(batches) - start)
         start += size
 
 
-def next_batches(loader: Iterator[dict], count: int, config: Config) -> list[dict]:
-    """The next `count` batches. Raises InputError if a worker of the data loader was killed."""
+@contextlib.contextmanager
+def explained_worker_loss(config: Config) -> Iterator[None]:
+    """Context in which the error of a data loader worker that was killed becomes an InputError."""
     try:
-        return list(islice(loader, count))
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -220,7 +237,7 @@ class Prepared(NamedTuple):
     """Device, data, tokenizers and resume point of a run."""
 
     device: torch.device
-    train: BilingualDataset
+    train: BilingualDataset | StreamedPairs
     validation: BilingualDataset
     tokenizer_src: Tokenizer
     tokenizer_tgt: Tokenizer
@@ -241,10 +258,14 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
         if is_first and config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
             print(f"restored from {config.mirror_dir}")
         resume_point = find_resume_point(folder, config)
-        train_pairs, validation_pairs = load_split(config, "train"), load_split(config, "validation")
+        shards = open_stream(config) if config.stream else None
+        train_pairs = load_sample(shards) if shards else load_split(config, "train")
+        validation_pairs = load_split(config, "validation")
         if is_first:
             warn_shared_pairs(train_pairs, validation_pairs)
         data = encode_splits(config, train_pairs, validation_pairs)
+        if shards:
+            data = (StreamedPairs(config, shards, len(train_pairs), data[0], *data[2:]), *data[1:])
         if resume_point.state:
             check_same_data(folder, config, *data[:2], resume_point)
         elif is_first:
@@ -294,8 +315,10 @@ def warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def count_steps(config: Config, train: BilingualDataset) -> int:
+def count_steps(config: Config, train: BilingualDataset | StreamedPairs) -> int:
     """Number of optimizer steps of the whole run."""
+    if config.stream:
+        return config.max_steps
     return planned_steps(config, len(Batches(train, config, epoch=0)))
 
 
@@ -315,12 +338,18 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     print(f"run          {folder}")
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
     validation_source = config.validation_source or "held out"
-    print(f"             {len(train):,} training pairs, {len(validation):,} validation pairs ({validation_source})")
+    if config.stream:
+        shards = counted(len(train.shards.names), "shard")
+        print(f"             streamed from {shards}; tokenizers from {train.first_pairs:,} of their first pairs")
+        train, training, name = train.sample, "", "sample"
+    else:
+        training, name = f"{len(train):,} training pairs, ", "training"
+    print(f"             {training}{len(validation):,} validation pairs ({validation_source})")
     if any(train.removed):
         duplicates, length_ratio = train.removed
-        print(f"             removed in training: {duplicates:,} duplicates (--drop-duplicates),", end=" ")
+        print(f"             removed in {name}: {duplicates:,} duplicates (--drop-duplicates),", end=" ")
         print(f"{length_ratio:,} pairs by --max-length-ratio")
-    for part, data in (("training", train), ("validation", validation)):
+    for part, data in ((name, train), ("validation", validation)):
         if data.skipped_blank or data.skipped_long:
             print(f"             skipped in {part}: {data.skipped_blank:,} pairs with a blank side,", end=" ")
             print(f"{data.skipped_long:,} with more than {config.seq_len} tokens (--seq-len)")
@@ -334,6 +363,7 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
 def describe_plan(config: Config, total_steps: int, prepared: Prepared, model: nn.Module, precision: str) -> None:
     """Prints the number of steps, the peak of the learning rate, and estimates of memory and, for known GPUs, time."""
     device, train, *_ = prepared
+    train = train.sample if config.stream else train
     step, peak = peak_learning_rate(config, total_steps)
     memory = estimated_memory(config, model, device.type, precision, distributed.world_size())
     mean_length = max(lengths.mean() for lengths in train.lengths())
@@ -349,6 +379,8 @@ def describe_plan(config: Config, total_steps: int, prepared: Prepared, model: n
             f"the warmup ({counted(warmup_steps, 'step')}) never ends, so the learning rate stays below --lr; "
             "give a share of the run, such as --warmup-steps 0.1"
         )
+    if config.stream and not config.save_every_steps:
+        warn("--stream without --save-every-steps saves only at the end of an epoch, which may be long")
 
 
 def is_finished(progress: Progress, config: Config) -> bool:
@@ -365,7 +397,11 @@ def out_of_patience(config: Config, folder: RunFolder) -> bool:
 
 
 def resume(
-    config: Config, folder: RunFolder, state: TrainingState, train: BilingualDataset, resume_point: ResumePoint
+    config: Config,
+    folder: RunFolder,
+    state: TrainingState,
+    train: BilingualDataset | StreamedPairs,
+    resume_point: ResumePoint,
 ) -> None:
     """Restores the state, sets later checkpoints aside and removes later scores."""
     load_state(state, config, train, resume_point)
@@ -378,10 +414,17 @@ def resume(
         print(f"resuming     from {resume_point.path.name}, at {where} {epoch}, step {step:,}")
 
 
-def save(config: Config, folder: RunFolder, state: TrainingState, fingerprints: dict, log: TrainingLog) -> None:
+def save(
+    config: Config,
+    folder: RunFolder,
+    state: TrainingState,
+    train: BilingualDataset | StreamedPairs,
+    fingerprints: dict,
+    log: TrainingLog,
+) -> None:
     """Writes a checkpoint and updates the mirror. All processes must call it."""
     log.check_finite()
-    saved = state.state_dict()
+    saved = state.state_dict() | ({"stream": train.state_dict()} if config.stream else {})
     if distributed.is_first():
         tokenizers = [folder.tokenizer_file(lang).read_text("utf8") for lang in (config.lang_src, config.lang_tgt)]
         folder.save({**saved, **fingerprints, "config": asdict(config), "tokenizers": tokenizers})
@@ -442,7 +485,7 @@ def train_model(config: Config) -> TrainingState:
         if resume_point.state:
             resume(config, folder, state, train, resume_point)
         elif resume_point.initial:
-            start_from(resume_point.initial, state, train)
+            start_from(resume_point.initial, state, train.sample if config.stream else train)
         del prepared, resume_point  # frees the loaded checkpoint
         if distributed.is_first():
             folder.save_config(config)
@@ -467,8 +510,8 @@ def train_model(config: Config) -> TrainingState:
                 # One epoch, or the rest of it
                 progress = state.progress
                 train.begin_epoch(progress.epoch)
-                batches = Batches(train, config, progress.epoch)
-                for step in optimizer_steps(train, batches, config, progress.batch, device):
+                is_end_of_epoch = True
+                for step in optimizer_steps(train, config, progress, device):
                     # One step
                     rate = learning_rate(progress.step, config, total_steps)
                     with within_memory(*step.batches):
@@ -477,7 +520,7 @@ def train_model(config: Config) -> TrainingState:
                     bar.update(progress)
 
                     # Log
-                    is_end_of_epoch = progress.batch == len(batches)
+                    is_end_of_epoch = step.is_last
                     is_log_step = progress.step % LOG_EVERY == 0 or is_end_of_epoch
                     if is_log_step or not runs_asynchronously(device):
                         log.check_finite()
@@ -488,12 +531,14 @@ def train_model(config: Config) -> TrainingState:
                     if stop.received() or is_finished(progress, config):
                         break
                     if config.save_every_steps and progress.step % config.save_every_steps == 0:
-                        save(config, folder, state, fingerprints, log)
+                        save(config, folder, state, train, fingerprints, log)
 
                 # Save
-                if progress.batch == len(batches):
+                if config.stream:
+                    print_line(train.summary())
+                if is_end_of_epoch:
                     progress.epoch, progress.batch = progress.epoch + 1, 0
-                save(config, folder, state, fingerprints, log)
+                save(config, folder, state, train, fingerprints, log)
                 if progress.batch:
                     print_line(f"saved {folder.checkpoint(**asdict(progress))}")
 
