@@ -18,7 +18,7 @@ from runs.folder import RunFolder
 from train import train_model
 
 
-def launch(config: Config, processes: int, **environment: str) -> subprocess.CompletedProcess:
+def launch(config: Config, processes: int, seconds: int = 120, **environment: str) -> subprocess.CompletedProcess:
     """Runs the training of a config to its end, with torchrun if there are several processes."""
     worker = str(ROOT / "tests" / "torchrun_worker.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -27,7 +27,7 @@ def launch(config: Config, processes: int, **environment: str) -> subprocess.Com
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
     )
 
 

@@ -50,7 +50,7 @@ def test_sharded_runs_on_two_one_and_three_processes_make_the_steps_of_an_unshar
         if processes == 1:
             train_model(replace(config, **options))
         else:
-            done = launch(replace(config, **options, shard=True), processes, USE_FLOAT64="1")
+            done = launch(replace(config, **options, shard=True), processes, 600, USE_FLOAT64="1")
             assert done.returncode == 0, done.stderr
             assert f"{processes} processes, sharded" in done.stdout
         assert losses(config) == pytest.approx(losses(reference), abs=1e-6)
