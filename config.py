@@ -33,7 +33,8 @@ class Config:
     A source (datasource, validation_source, test_source) is one of: toy, the embedded corpus; a dataset of the Hub or a
     local folder in the same layout, with :SPLIT appended for a split other than train; a .tsv, .csv, .jsonl, .parquet,
     .xlsx or .tmx file; or the prefix of two aligned text files, so that data/train means data/train.en and data/train.de.
-    Text files may be compressed: .tsv.gz, data/train.en.gz.
+    Text files may be compressed: .tsv.gz, data/train.en.gz. With stream, datasource may also be a folder or a pattern of
+    such files, or several separated by commas.
     """
 
     # fmt: off
@@ -54,6 +55,8 @@ class Config:
     drop_duplicates: bool = False         # remove training pairs that occur before
     batch_tokens: int = 8_192             # maximum number of tokens per batch, padding included (sentences x longest sentence); 0: use batch_size
     batch_size: int = 8                   # sentences per batch if batch_tokens is 0
+    stream: bool = False                  # read datasource while training, without a copy on disk: a folder, pattern or list of shards, or a Hub dataset; needs max_steps and validation_source
+    stream_buffer: int = 50_000           # with stream: pairs that are shuffled and sorted by length at a time
     num_workers: int = 0                  # data loader worker processes; 0: load in the training process
 
     d_model: int = 512                    # model dimension (D): size of the embeddings and of the residual stream
@@ -92,6 +95,7 @@ class Config:
     best_by: Literal["loss", "bleu", "chrf", "exact"] = "loss"  # validation metric that selects the best checkpoint
     patience: int = 0                     # epochs without improvement before early stopping; 0: off
     ddp_timeout: float = 600.0            # several processes: seconds without a response after which one counts as hung and the others end
+    shard: bool = False                   # several processes: each keeps only its part of the weights, gradients, optimizer state and EMA, for models that outgrow one GPU
     mirror_dir: str = ""                  # folder on another disk that keeps a verified copy of the run; empty: none
     validation_sentences: int = 200       # number of validation sentences translated after each epoch for BLEU, chrF and error rates
     validation_examples: int = 2          # number of translations printed after each epoch
@@ -193,13 +197,13 @@ LIMITS = {
 MAX_INTEGER = 2**63 - 1
 
 # Settings of one invocation. They are not in config.json, so that the run can be moved to another machine.
-INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers", "ddp_timeout")
+INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers", "shard", "ddp_timeout")
 
 # Settings that determine the first weights, their shapes, the split or the batch order: they must not change when a run resumes.
 # fmt: off
 FIXED_FIELDS = (
     "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "max_length_ratio", "drop_duplicates",
-    "batch_tokens", "batch_size", "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "norm",
+    "stream", "stream_buffer", "batch_tokens", "batch_size", "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "norm",
     "share_embeddings", "init_from", "init_weights",
 )
 
@@ -276,9 +280,7 @@ def check_values(config: Config) -> None:
         if not valid:
             raise InputError(f"{name} is {getattr(config, name)!r}; {remedy}")
 
-    positive = (
-        "d_model encoder_layers decoder_layers num_heads d_ff num_epochs lr accumulation_steps batch_size vocab_size"
-    )
+    positive = "d_model encoder_layers decoder_layers num_heads d_ff num_epochs lr accumulation_steps batch_size vocab_size stream_buffer"
     for name in positive.split():
         require(0 < getattr(config, name) < math.inf, name, "give a number above 0")
     not_negative = "batch_tokens num_workers max_steps warmup_steps weight_decay clip_norm save_every_steps keep_checkpoints patience rdrop_alpha validation_sentences validation_examples seed"
@@ -318,6 +320,16 @@ def check_values(config: Config) -> None:
         "preload",
         "give latest, none or an epoch number",
     )
+    if config.stream:
+        require(
+            config.max_steps > 0, "max_steps", "with --stream give the number of steps, which the learning rate needs"
+        )
+        require(
+            config.validation_source != "", "validation_source", "with --stream name a source, which is read as a whole"
+        )
+        require(
+            not config.drop_duplicates, "drop_duplicates", "with --stream remove duplicates from the shards beforehand"
+        )
     if config.bpe_dropout:
         require(
             config.tokenizer == "bpe",

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 PAIRS_PER_PROCESS = 100_000  # encoding fewer pairs takes less time than starting a process
 MAX_PROCESSES = 8  # for encoding; each needs a few hundred megabytes
 GROWTH_SAMPLE = 500  # sentences of each language that are segmented before training to measure BPE-dropout
+ESTIMATE_SAMPLE = 10_000  # pairs of a stream that are encoded before training
 MAX_TOKENIZER_PAIRS = 1_000_000  # pairs that a tokenizer is trained on; more would only take longer
 
 SPECIAL_TOKENS = ["[UNK]", "[PAD]", "[SOS]", "[EOS]"]
@@ -226,8 +227,7 @@ class BilingualDataset(torch.utils.data.Dataset):
     ):
         from datasets import Features, List, Value
 
-        self.seq_len, self.seed, self.batch_tokens, self.epoch = seq_len, seed, batch_tokens, 0
-        self.segmenters = [BPEDropout(t, bpe_dropout) for t in (tokenizer_src, tokenizer_tgt)] if bpe_dropout else None
+        self.prepare(tokenizer_src, tokenizer_tgt, seq_len, bpe_dropout, seed, batch_tokens)
         self.skipped_blank = count_blank(pairs)
         processes = min(available_cores(), MAX_PROCESSES, len(pairs) // PAIRS_PER_PROCESS)
         self.encoded = pairs.map(
@@ -249,6 +249,18 @@ class BilingualDataset(torch.utils.data.Dataset):
                 f"no pairs remain: {self.skipped_blank:,} are blank, {self.skipped_long:,} exceed {seq_len} tokens; "
                 "raise --seq-len or check the source"
             )
+
+    def prepare(
+        self,
+        tokenizer_src: Tokenizer,
+        tokenizer_tgt: Tokenizer,
+        seq_len: int,
+        bpe_dropout: float,
+        seed: int,
+        batch_tokens: int,
+    ) -> None:
+        self.seq_len, self.seed, self.batch_tokens, self.epoch = seq_len, seed, batch_tokens, 0
+        self.segmenters = [BPEDropout(t, bpe_dropout) for t in (tokenizer_src, tokenizer_tgt)] if bpe_dropout else None
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -488,6 +500,9 @@ def encode_splits(
     else:
         tokenizer_tgt = get_or_build_tokenizer(config, train_pairs, config.lang_tgt)
     tokenizers = tokenizer_src, tokenizer_tgt
+    if config.stream:  # these pairs are a sample, and are encoded for estimates only
+        count = min(len(train_pairs), ESTIMATE_SAMPLE)
+        train_pairs = train_pairs.select(np.linspace(0, len(train_pairs) - 1, count).astype(int))
     train = BilingualDataset(
         train_pairs, *tokenizers, config.seq_len, config.bpe_dropout, config.seed, config.batch_tokens
     )

@@ -28,7 +28,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from compute import distributed
+from compute import distributed, sharding
 from compute.device import (
     allow_tf32,
     choose_precision,
@@ -41,6 +41,7 @@ from compute.device import (
 )
 from compute.threads import share_cores
 from corpora.sources import count_shared, load_split
+from corpora.streams import load_sample, open_stream
 from dataset import Batches, BilingualDataset, encode_splits, make_loader, save_tokenizers
 from evaluate import format_scores, score
 from runs import mirror
@@ -52,6 +53,7 @@ from training.losses import LossInputs, TrainingLoss, count_target_tokens
 from training.resume import ResumePoint, batches_per_step, check_same_data, find_resume_point, load_state
 from training.signals import StopSignal, starting_workers
 from training.state import Progress, TrainingState
+from training.streaming import StreamedPairs
 from translate import Translator
 
 if TYPE_CHECKING:
@@ -90,27 +92,45 @@ def peak_learning_rate(config: Config, total_steps: int) -> tuple[int, float]:
 class StepBatches(NamedTuple):
     """The batches of one optimizer step that this process trains on."""
 
-    batches: list[dict]
-    is_dummy: bool  # no batch is left for this process; it runs a dummy batch with weight 0
+    batches: list[dict]  # equally many in every process
+    dummies: int  # number of batches at the end with weight 0: other processes have more than this one
     consumed: int  # number of batches of all processes in this step
+    is_last: bool = False  # of the epoch
+
+    @classmethod
+    def of(cls, found: list[dict], own: int, passes: int, consumed: int, is_last: bool) -> StepBatches:
+        """Of one or more batches, the first `own` count; the last one is repeated up to `passes` batches."""
+        return cls(found + found[-1:] * (passes - len(found)), passes - own, consumed, is_last)
 
 
 def optimizer_steps(
-    train: BilingualDataset, batches: Batches, size: int, config: Config, start: int, device: torch.device
+    train: BilingualDataset | StreamedPairs, size: int, config: Config, progress: Progress, device: torch.device
 ) -> Iterator[StepBatches]:
-    """Yields the batches of each optimizer step of an epoch, from batch `start` on. A step has `size` batches."""
+    """Yields the steps of the epoch, from the batch of `progress` on. A step has `size` batches of all processes."""
+    if config.stream:
+        passes = math.ceil(size / distributed.world_size())
+        with explained_worker_loss(config):
+            for own, consumed, is_last in train.steps(size, pin_memory=device.type == "cuda"):
+                yield StepBatches.of(own or [train.sample[[0]]], len(own), passes, consumed, is_last)
+        return
+    batches, start = Batches(train, config, progress.epoch), progress.batch
     own = distributed.own_batches(batches.starting_at(start), size)
     with starting_workers() if config.num_workers else contextlib.nullcontext():
         loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
     for count in distributed.own_counts(len(batches) - start, size):
-        yield StepBatches(next_batches(loader, max(1, count), config), count == 0, min(size, len(batches) - start))
+        consumed = min(size, len(batches) - start)
+        passes = math.ceil(consumed / distributed.world_size())  # with --shard, each one needs all processes
+        with explained_worker_loss(config):
+            found = list(islice(loader, max(1, count)))
+        yield StepBatches.of(found, count, passes, consumed, consumed == len(batches) - start)
         start += size
 
 
-def next_batches(loader: Iterator[dict], count: int, config: Config) -> list[dict]:
-    """The next `count` batches. Raises InputError if a worker of the data loader was killed."""
+@contextlib.contextmanager
+def explained_worker_loss(config: Config) -> Iterator[None]:
+    """Context in which the error of a data loader worker that was killed becomes an InputError."""
     try:
-        return list(islice(loader, count))
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -128,21 +148,21 @@ def train_step(
     If the loss or the gradient norm is not finite, the weights are not updated; `TrainingLog.check_finite` reports it,
     unless it is an overflow in fp16, which the scaler corrects.
     """
-    own_tokens = 0 if step.is_dummy else sum(map(count_target_tokens, step.batches))
-    tokens = distributed.sum_over_processes(own_tokens)
+    own = len(step.batches) - step.dummies
+    tokens = distributed.sum_over_processes(sum(map(count_target_tokens, step.batches[:own])))
     loss = torch.zeros((), device=state.device)
     for i, batch in enumerate(step.batches):
         is_last = i == len(step.batches) - 1
         with contextlib.nullcontext() if is_last else distributed.without_averaging(loss_module):
             batch_loss = loss_module(LossInputs.of(batch, state.device))
-            # Every token of the step has the same weight; DistributedDataParallel averages gradients over processes.
-            batch_loss = batch_loss * ((not step.is_dummy) * distributed.world_size() / tokens)
+            # Every token of the step has the same weight; gradients are averaged over processes.
+            batch_loss = batch_loss * ((i < own) * distributed.world_size() / tokens)
             state.scaler.scale(batch_loss).backward()
         loss += batch_loss.detach()
 
     state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = sharding.whole(nn.utils.get_total_norm([p.grad for p in parameters]))
     if config.clip_norm:
         nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
     for group in state.optimizer.param_groups:
@@ -216,7 +236,7 @@ class Prepared(NamedTuple):
     """Device, data, tokenizers and resume point of a run."""
 
     device: torch.device
-    train: BilingualDataset
+    train: BilingualDataset | StreamedPairs
     validation: BilingualDataset
     tokenizer_src: Tokenizer
     tokenizer_tgt: Tokenizer
@@ -239,10 +259,14 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
         if is_first and config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
             print(f"restored from {config.mirror_dir}")
         resume_point = find_resume_point(folder, config)
-        train_pairs, validation_pairs = load_split(config, "train"), load_split(config, "validation")
+        shards = open_stream(config) if config.stream else None
+        train_pairs = load_sample(shards) if shards else load_split(config, "train")
+        validation_pairs = load_split(config, "validation")
         if is_first:
             warn_shared_pairs(train_pairs, validation_pairs)
         data = encode_splits(config, train_pairs, validation_pairs)
+        if shards:
+            data = (StreamedPairs(config, shards, len(train_pairs), data[0], *data[2:]), *data[1:])
         if resume_point.state:
             check_same_data(folder, config, *data[:2], resume_point)
         elif is_first:
@@ -294,8 +318,10 @@ def warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def count_steps(config: Config, train: BilingualDataset, batches_per_step: int = 0) -> int:
+def count_steps(config: Config, train: BilingualDataset | StreamedPairs, batches_per_step: int = 0) -> int:
     """Number of optimizer steps of the whole run; with `batches_per_step` 0, of a new one."""
+    if config.stream:
+        return config.max_steps
     return planned_steps(config, len(Batches(train, config, epoch=0)), batches_per_step)
 
 
@@ -311,16 +337,23 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     parameters = count_parameters(model)
     sizes = tokenizer_src.get_vocab_size(), tokenizer_tgt.get_vocab_size()
     processes = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+    processes += ", sharded" if sharding.is_wanted(config) else ""
     print(f"device       {device.type} ({device_name(device)}), {precision}{processes}")
     print(f"run          {folder}")
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
     validation_source = config.validation_source or "held out"
-    print(f"             {len(train):,} training pairs, {len(validation):,} validation pairs ({validation_source})")
+    if config.stream:
+        shards = counted(len(train.shards.names), "shard")
+        print(f"             streamed from {shards}; tokenizers from {train.first_pairs:,} of their first pairs")
+        train, training, name = train.sample, "", "sample"
+    else:
+        training, name = f"{len(train):,} training pairs, ", "training"
+    print(f"             {training}{len(validation):,} validation pairs ({validation_source})")
     if any(train.removed):
         duplicates, length_ratio = train.removed
-        print(f"             removed in training: {duplicates:,} duplicates (--drop-duplicates),", end=" ")
+        print(f"             removed in {name}: {duplicates:,} duplicates (--drop-duplicates),", end=" ")
         print(f"{length_ratio:,} pairs by --max-length-ratio")
-    for part, data in (("training", train), ("validation", validation)):
+    for part, data in ((name, train), ("validation", validation)):
         if data.skipped_blank or data.skipped_long:
             print(f"             skipped in {part}: {data.skipped_blank:,} pairs with a blank side,", end=" ")
             print(f"{data.skipped_long:,} with more than {config.seq_len} tokens (--seq-len)")
@@ -334,8 +367,9 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
 def describe_plan(config: Config, total_steps: int, prepared: Prepared, model: nn.Module, precision: str) -> None:
     """Prints the number of steps, the peak of the learning rate, and estimates of memory and, for known GPUs, time."""
     device, train, *_ = prepared
+    train = train.sample if config.stream else train
     step, peak = peak_learning_rate(config, total_steps)
-    memory = estimated_memory(config, model, device.type, precision)
+    memory = estimated_memory(config, model, device.type, precision, distributed.world_size())
     mean_length = max(lengths.mean() for lengths in train.lengths())
     seconds = estimated_seconds(config, model, total_steps, mean_length, device_name(device), precision)
     print(f"training     {counted(total_steps, 'step')}, up to {counted(config.num_epochs, 'epoch')}")
@@ -349,6 +383,8 @@ def describe_plan(config: Config, total_steps: int, prepared: Prepared, model: n
             f"the warmup ({counted(warmup_steps, 'step')}) never ends, so the learning rate stays below --lr; "
             "give a share of the run, such as --warmup-steps 0.1"
         )
+    if config.stream and not config.save_every_steps:
+        warn("--stream without --save-every-steps saves only at the end of an epoch, which may be long")
 
 
 def is_finished(progress: Progress, config: Config) -> bool:
@@ -365,7 +401,11 @@ def out_of_patience(config: Config, folder: RunFolder) -> bool:
 
 
 def resume(
-    config: Config, folder: RunFolder, state: TrainingState, train: BilingualDataset, resume_point: ResumePoint
+    config: Config,
+    folder: RunFolder,
+    state: TrainingState,
+    train: BilingualDataset | StreamedPairs,
+    resume_point: ResumePoint,
 ) -> None:
     """Restores the state, sets later checkpoints aside and removes later scores."""
     load_state(state, config, train, resume_point)
@@ -389,10 +429,17 @@ def describe_processes(before: int, now: int, batches: int) -> None:
             warn(f"{now - batches} of {now} processes are idle: a run keeps the number of batches per step ({batches})")
 
 
-def save(config: Config, folder: RunFolder, state: TrainingState, constants: dict, log: TrainingLog) -> None:
+def save(
+    config: Config,
+    folder: RunFolder,
+    state: TrainingState,
+    train: BilingualDataset | StreamedPairs,
+    constants: dict,
+    log: TrainingLog,
+) -> None:
     """Writes a checkpoint, with what is the same in all of them, and updates the mirror. All processes must call it."""
     log.check_finite()
-    saved = state.state_dict()
+    saved = state.state_dict() | ({"stream": train.state_dict()} if config.stream else {})
     if distributed.is_first():
         tokenizers = [folder.tokenizer_file(lang).read_text("utf8") for lang in (config.lang_src, config.lang_tgt)]
         folder.save({**saved, **constants, "config": asdict(config), "tokenizers": tokenizers})
@@ -410,10 +457,11 @@ def validate(
     log: TrainingLog,
 ) -> None:
     """Validates in the first process, unless already done at this step, and prunes checkpoints."""
-    if distributed.is_first():
-        if state.progress.step not in [row["step"] for row in folder.read_scores()]:
+    with state.gathering():
+        if distributed.is_first() and state.progress.step not in [row["step"] for row in folder.read_scores()]:
             scores = run_validation(translator, validation, config, precision, log, state.progress.step)
             folder.write_scores([*folder.read_scores(), {**asdict(state.progress), **scores}])
+    if distributed.is_first():
         folder.prune(config.keep_checkpoints, config.best_by)
         update_mirror(config, folder, log)
         state.model.train()
@@ -454,7 +502,7 @@ def train_model(config: Config) -> TrainingState:
         if resume_point.state:
             resume(config, folder, state, train, resume_point)
         elif resume_point.initial:
-            start_from(resume_point.initial, state, train)
+            start_from(resume_point.initial, state, train.sample if config.stream else train)
         del prepared, resume_point  # frees the loaded checkpoint
         if distributed.is_first():
             folder.save_config(config)
@@ -471,15 +519,16 @@ def train_model(config: Config) -> TrainingState:
 
         # Train
         loss_module = TrainingLoss(state.model.train(), config.label_smoothing, config.rdrop_alpha, precision)
-        loss_module = distributed.averaging_gradients(loss_module, device)
+        if not state.is_sharded:
+            loss_module = distributed.averaging_gradients(loss_module, device)
         start_step, start_time = state.progress.step, time.perf_counter()
         with StopSignal() as stop, ProgressBar(state.progress, total_steps) as bar:
             while not (stop.received() or is_finished(state.progress, config) or out_of_patience(config, folder)):
                 # One epoch, or the rest of it
                 progress = state.progress
                 train.begin_epoch(progress.epoch)
-                batches = Batches(train, config, progress.epoch)
-                for step in optimizer_steps(train, batches, step_size, config, progress.batch, device):
+                is_end_of_epoch = True
+                for step in optimizer_steps(train, step_size, config, progress, device):
                     # One step
                     rate = learning_rate(progress.step, config, total_steps)
                     with within_memory(*step.batches):
@@ -488,7 +537,7 @@ def train_model(config: Config) -> TrainingState:
                     bar.update(progress)
 
                     # Log
-                    is_end_of_epoch = progress.batch == len(batches)
+                    is_end_of_epoch = step.is_last
                     is_log_step = progress.step % LOG_EVERY == 0 or is_end_of_epoch
                     if is_log_step or not runs_asynchronously(device):
                         log.check_finite()
@@ -499,12 +548,14 @@ def train_model(config: Config) -> TrainingState:
                     if stop.received() or is_finished(progress, config):
                         break
                     if config.save_every_steps and progress.step % config.save_every_steps == 0:
-                        save(config, folder, state, constants, log)
+                        save(config, folder, state, train, constants, log)
 
                 # Save
-                if progress.batch == len(batches):
+                if config.stream:
+                    print_line(train.summary())
+                if is_end_of_epoch:
                     progress.epoch, progress.batch = progress.epoch + 1, 0
-                save(config, folder, state, constants, log)
+                save(config, folder, state, train, constants, log)
                 if progress.batch:
                     print_line(f"saved {folder.checkpoint(**asdict(progress))}")
 

@@ -23,8 +23,8 @@ from workload import describe_machine, markdown_table
 CLAUSES, WORDS = 100_000, 50_000
 
 
-def write_corpus(path: Path, pairs: int) -> None:
-    """Sentences of two clauses of 2 to 12 words each, drawn from a Zipf distribution; the target reverses each word."""
+def synthetic_clauses() -> tuple[list[str], list[str]]:
+    """Source clauses of 2 to 12 words, drawn from a Zipf distribution; the target reverses each word."""
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(rng.choice(letters, rng.integers(2, 10))) for _ in range(WORDS)]
@@ -32,8 +32,13 @@ def write_corpus(path: Path, pairs: int) -> None:
     lengths = rng.integers(2, 13, CLAUSES)
     sampled = iter(rng.choice(WORDS, lengths.sum(), p=frequency / frequency.sum()).tolist())
     clauses = [[words[next(sampled)] for _ in range(n)] for n in lengths]
-    sources = [" ".join(clause) for clause in clauses]
-    targets = [" ".join(word[::-1] for word in clause) for clause in clauses]
+    return [" ".join(clause) for clause in clauses], [" ".join(word[::-1] for word in clause) for clause in clauses]
+
+
+def write_corpus(path: Path, pairs: int) -> None:
+    """Sentences of two clauses."""
+    rng = np.random.default_rng(1)
+    sources, targets = synthetic_clauses()
     with path.open("w", encoding="utf8") as file:
         for start in range(0, pairs, 100_000):
             chosen = rng.integers(0, CLAUSES, (min(100_000, pairs - start), 2)).tolist()

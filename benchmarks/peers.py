@@ -96,7 +96,7 @@ class ThisProject:
 
     def step(self, batch: dict) -> Tensor:
         self.model.train()
-        batches = StepBatches([batch], is_dummy=False, consumed=1)
+        batches = StepBatches([batch], dummies=0, consumed=1)
         return train_step(self.state, self.loss_module, batches, self.config.lr, self.config).loss
 
     def prepare_for_decoding(self) -> str:

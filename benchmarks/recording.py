@@ -49,7 +49,7 @@ def main() -> None:
         def train_with(attend) -> None:
             MultiHeadAttentionBlock.attend = attend
             for batch in batches:
-                train_step(state, loss_module, StepBatches([batch], False, 1), config.lr, config)
+                train_step(state, loss_module, StepBatches([batch], 0, 1), config.lr, config)
 
         variants = {"with recording code": MultiHeadAttentionBlock.attend, "without": attend_without_recording}
         tasks = {name: functools.partial(train_with, attend) for name, attend in variants.items()}

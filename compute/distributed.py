@@ -224,7 +224,7 @@ def averaging_gradients(module: nn.Module, device: torch.device) -> nn.Module:
 
 def without_averaging(module: nn.Module) -> contextlib.AbstractContextManager:
     """Context in which gradients accumulate without communication: for all but the last batch of a step."""
-    return contextlib.nullcontext() if world_size() == 1 else module.no_sync()
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def broadcast(value: T) -> T:

@@ -21,7 +21,7 @@ from corpora.patterns import SPLITS, pattern_pairs
 from corpora.toy import LANGUAGES, SPLIT_SIZES, Pair, toy_pairs
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 HUB_TIMEOUT = 10  # seconds
 MAX_VALIDATION_PAIRS = 10_000  # maximum number of pairs split off for validation
@@ -102,8 +102,8 @@ def dataset_of(pairs: Iterable[Pair]) -> Dataset:
 # ---------------------------------------------------------------------------- the Hugging Face Hub
 
 
-def load_hub(name: str, split: str, config: Config) -> Dataset:
-    """A Hub dataset, or a local folder in the same layout, with a `translation` column or one column per language."""
+def open_hub(name: str, split: str, config: Config, streaming: bool = False) -> tuple[Dataset | IterableDataset, str]:
+    """A split of a Hub dataset, or of a local folder in the same layout, and its subset."""
     import datasets
     from huggingface_hub import constants
 
@@ -112,7 +112,7 @@ def load_hub(name: str, split: str, config: Config) -> Dataset:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # use only copies in the cache
     try:
         subset = hub_subset(name, config)
-        rows = datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(name, subset, split=split, streaming=streaming), subset
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, ValueError) and "split" in str(error):
             raise InputError(f"{name} has no split {split!r}: {error}") from None
@@ -124,6 +124,11 @@ def load_hub(name: str, split: str, config: Config) -> Dataset:
             f"the Hub dataset {name!r} cannot be reached (no network, or no such dataset), and there is no file "
             f"{name}.{config.lang_src}; give local files (see --help), or use --preset toy"
         ) from None
+
+
+def load_hub(name: str, split: str, config: Config) -> Dataset:
+    """A Hub dataset, or a local folder in the same layout, with a `translation` column or one column per language."""
+    rows, subset = open_hub(name, split, config)
     languages = (config.lang_src, config.lang_tgt)
     if len(rows):
         for lang in languages:

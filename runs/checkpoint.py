@@ -14,6 +14,7 @@ the SHA-256 of all bytes before it, because `torch.load` does not detect flipped
     run_id      identity of the run
     config      all settings
     corpus      fingerprint of the training set
+    stream      position in a stream (--stream)
     validation  fingerprint of the validation set
     tokenizers  source and target tokenizer, as JSON
 """

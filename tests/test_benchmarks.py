@@ -1,11 +1,13 @@
 """The benchmark scripts run with the installed peers, and all implementations do the same work."""
 
+import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
 
+from config import InputError
 from dataset import EOS, PAD, SOS
 from model import CrossAttentionCache, SelfAttentionCache
 
@@ -18,6 +20,7 @@ import gpu
 import growth
 import peers
 import precision
+import several_gpus
 import training_speed
 from workload import SyntheticPairs, decoding_batches, time_interleaved, training_batches
 
@@ -166,3 +169,39 @@ def test_the_gpu_check_detects_a_wrong_cache(monkeypatch, cache_type):
     monkeypatch.setattr(cache_type, "select", wrong)
     with pytest.raises(AssertionError):
         gpu.check(CPU)
+
+
+def test_the_arithmetic_of_several_gpus_agrees_with_what_two_processes_hold_and_send():
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", several_gpus.__file__]
+    flags = [
+        "--d-model=32",
+        "--num-heads=2",
+        "--d-ff=64",
+        "--vocab-size=100",
+        "--ema-decay=0.9",
+        "--accumulation-steps=2",
+    ]
+    command += ["--measure", "--", "--preset=toy", *flags]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 10
+    for form, name, expected, measured in rows:
+        if name.startswith("sent"):  # with headers, and with what other programs send
+            assert float(measured) > float(expected)
+        else:
+            assert measured == expected, (form, name)
+
+
+def test_the_plan_of_several_gpus_shows_what_fits(capsys):
+    flags = ["--preset=wmt14", "--d-model=4096", "--num-heads=32", "--d-ff=16384", "--batch-tokens=1024"]
+    several_gpus.main(["--gpus=16", "--kind=A100-40", "--", *flags])
+    printed = capsys.readouterr().out
+    assert "16 GPUs that send 300 GB/s each and compute 46.8 TFLOP/s" in printed
+    assert "| fits into 40 GB | no | yes |" in printed
+    several_gpus.main(["--kind=T4", "--memory=24", "--bandwidth=1.25", "--teraflops=20"])
+    printed = capsys.readouterr().out
+    assert "fp16, 8 GPUs that send 1.25 GB/s each and compute 20 TFLOP/s" in printed
+    assert "| fits into 24 GB | yes | yes |" in printed
+    with pytest.raises(InputError, match="no bf16 on this GPU; choose one of fp32, fp16"):
+        several_gpus.main(["--kind=T4", "--", "--precision=bf16"])

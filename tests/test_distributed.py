@@ -25,7 +25,9 @@ from train import train_model
 from training.resume import ResumePoint, batches_per_step
 
 
-def launch(config: Config, processes: int, restarts: int = 0, **environment: str) -> subprocess.CompletedProcess:
+def launch(
+    config: Config, processes: int, seconds: int = 300, restarts: int = 0, **environment: str
+) -> subprocess.CompletedProcess:
     """Runs the training of a config to its end, with torchrun if there are several processes."""
     worker = str(ROOT / "tests" / "torchrun_worker.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -35,7 +37,7 @@ def launch(config: Config, processes: int, restarts: int = 0, **environment: str
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=seconds,
     )
 
 

@@ -18,7 +18,7 @@ from model import causal_mask
 from runs.folder import RunFolder
 from train import count_steps, count_warmup_steps, learning_rate, peak_learning_rate, planned_steps, train_model
 from training import log
-from training.estimate import estimated_memory, estimated_seconds, training_flops
+from training.estimate import communicated_bytes, estimated_memory, estimated_seconds, memory_parts, training_flops
 from training.log import duration
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -121,6 +121,21 @@ def test_time_follows_from_the_flops_or_from_the_number_of_kernels():
     assert estimated_seconds(config, model, 2_400, 33, "Tesla T4", "bf16") is None
     small = replace(config, batch_tokens=64)
     assert estimated_seconds(small, model, 1_000, 33, "Tesla T4", "fp16") == pytest.approx(1_000 * 12 * 2e-3)
+
+
+def test_sharding_divides_what_belongs_to_parameters_and_sends_weights_for_every_batch():
+    config = get_config("opus_books", ema_decay=0.9, accumulation_steps=2)
+    model = presets.meta_model(config, (16_000, 16_000))
+    others, total = 16_000 * 513 + 4 * 512, sum(p.numel() for p in model.parameters())
+    one, ddp = (memory_parts(config, model, "cuda", "bf16", processes) for processes in (1, 4))
+    sharded = memory_parts(replace(config, shard=True), model, "cuda", "bf16", 4)
+    assert sum(ddp.values()) - sum(one.values()) == 4 * total
+    for name in ("weights", "gradients", "optimizer", "EMA"):
+        assert sharded[name] == ddp[name] / 4
+    assert communicated_bytes(config, model, 4) == 0.75 * 8 * total
+    expected = 0.75 * 2 * (12 * (total - others) + 8 * others)
+    assert communicated_bytes(replace(config, shard=True), model, 4) == expected
+    assert communicated_bytes(config, model, 1) == 0
 
 
 def test_the_documentation_shows_the_table_of_the_presets():

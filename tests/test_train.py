@@ -45,7 +45,7 @@ class ManualRun:
 
     def step(self, *batches: dict) -> StepReport:
         rate = learning_rate(self.state.progress.step, self.config, count_steps(self.config, self.train))
-        return train.train_step(self.state, self.loss_module, StepBatches(list(batches), False, 1), rate, self.config)
+        return train.train_step(self.state, self.loss_module, StepBatches(list(batches), 0, 1), rate, self.config)
 
 
 def test_learning_rates_follow_the_warmup_and_the_schedule():
@@ -464,9 +464,11 @@ def test_a_folder_without_write_permission_is_an_error(tiny_config):
 
 def flags_of(config: Config) -> list[str]:
     """The command line of train.py that gives this config."""
-    values = {f"--{k.replace('_', '-')}": v for k, v in vars(config).items() if not isinstance(v, bool)}
-    sharing = "--shared-vocab" if config.shared_vocab else "--no-shared-vocab"
-    return [word for flag, value in values.items() for word in (flag, str(value))] + [sharing]
+    words = []
+    for name, value in vars(config).items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
 
 
 @pytest.mark.slow

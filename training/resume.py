@@ -10,6 +10,7 @@ from runs.checkpoint import DamagedCheckpoint, require_parts
 from runs.folder import RunFolder
 from training.initial import load_initial_run
 from training.state import TrainingState
+from training.streaming import StreamedPairs
 from translate import Translator, check_tokenizers
 
 RESUMED_PARTS = ("model", "ema_model", "optimizer", "progress", "rng", "config", "corpus", "tokenizers")
@@ -85,7 +86,7 @@ def check_same_settings(config: Config, saved: dict, path: Path) -> None:
 def check_same_data(
     folder: RunFolder,
     config: Config,
-    train: BilingualDataset,
+    train: BilingualDataset | StreamedPairs,
     validation: BilingualDataset,
     resume_point: ResumePoint,
 ) -> None:
@@ -94,24 +95,33 @@ def check_same_data(
     # Earlier versions saved the first part of the fingerprint only, or none of the validation set.
     if not train.fingerprint.startswith(state["corpus"] or "?"):
         raise InputError(
-            f"the corpus has changed since {path} was saved ({state['corpus'].partition(' ')[0]} training pairs then, "
-            f"{len(train)} now); restore it, or train in another --run-dir"
+            f"the corpus has changed since {path} was saved ({size_of(state['corpus'])} then, "
+            f"{size_of(train.fingerprint)} now); restore it, or train in another --run-dir"
         )
     if state.get("validation", validation.fingerprint) != validation.fingerprint:
         raise InputError(
-            f"the validation set has changed since {path} was saved ({state['validation'].partition(' ')[0]} pairs "
-            f"then, {len(validation)} now); restore it, or train in another --run-dir"
+            f"the validation set has changed since {path} was saved ({size_of(state['validation'])} "
+            f"then, {size_of(validation.fingerprint)} now); restore it, or train in another --run-dir"
         )
     check_tokenizers(folder, config, state, path)
 
 
-def load_state(state: TrainingState, config: Config, train: BilingualDataset, resume_point: ResumePoint) -> None:
+def size_of(fingerprint: str) -> str:
+    """The first two words of a fingerprint: 24000 pairs, or 100 shards of a stream."""
+    return " ".join(fingerprint.split()[:2])
+
+
+def load_state(
+    state: TrainingState, config: Config, train: BilingualDataset | StreamedPairs, resume_point: ResumePoint
+) -> None:
     """Restores the checkpoint's state. Raises InputError if its values do not fit the model or the corpus."""
     path, saved = resume_point.path, resume_point.state
     try:
         state.load_state_dict(saved)
         progress = state.progress
-        if progress.batch and progress.batch >= len(Batches(train, config, progress.epoch)):
+        if config.stream:
+            train.load_state_dict(saved["stream"])
+        elif progress.batch and progress.batch >= len(Batches(train, config, progress.epoch)):
             raise ValueError(f"it is at batch {progress.batch} of an epoch")
         is_complete = not progress.step or len(saved["optimizer"]["state"]) == len(list(state.model.parameters()))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
