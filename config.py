@@ -94,6 +94,7 @@ class Config:
     keep_checkpoints: int = 3             # number of latest checkpoints kept besides the best one; 0: all
     best_by: Literal["loss", "bleu", "chrf", "exact"] = "loss"  # validation metric that selects the best checkpoint
     patience: int = 0                     # epochs without improvement before early stopping; 0: off
+    ddp_timeout: float = 600.0            # several processes: seconds without a response after which one counts as hung and the others end
     shard: bool = False                   # several processes: each keeps only its part of the weights, gradients, optimizer state and EMA, for models that outgrow one GPU
     mirror_dir: str = ""                  # folder on another disk that keeps a verified copy of the run; empty: none
     validation_sentences: int = 200       # number of validation sentences translated after each epoch for BLEU, chrF and error rates
@@ -196,7 +197,7 @@ LIMITS = {
 MAX_INTEGER = 2**63 - 1
 
 # Settings of one invocation. They are not in config.json, so that the run can be moved to another machine.
-INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers", "shard")
+INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers", "shard", "ddp_timeout")
 
 # Settings that determine the first weights, their shapes, the split or the batch order: they must not change when a run resumes.
 # fmt: off
@@ -305,6 +306,7 @@ def check_values(config: Config) -> None:
         "give 1 or more, or 0",
     )
     require(0 < config.validation_fraction < 1, "validation_fraction", "give a number between 0 and 1")
+    require(5 <= config.ddp_timeout <= 43_200, "ddp_timeout", "give 5 to 43,200 seconds")
     require(config.seq_len >= 3, "seq_len", "give 3 or more: [SOS], a word, [EOS]")
     require(config.datasource != "", "datasource", "name a source, or use --preset toy")
     require(config.d_model % config.num_heads == 0, "d_model", f"give a multiple of num_heads ({config.num_heads})")

@@ -50,7 +50,7 @@ from training.estimate import check_shared_memory, estimated_memory, estimated_s
 from training.initial import start_from
 from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars
 from training.losses import LossInputs, TrainingLoss, count_target_tokens
-from training.resume import ResumePoint, check_same_data, find_resume_point, load_state
+from training.resume import ResumePoint, batches_per_step, check_same_data, find_resume_point, load_state
 from training.signals import StopSignal, starting_workers
 from training.state import Progress, TrainingState
 from training.streaming import StreamedPairs
@@ -104,10 +104,9 @@ class StepBatches(NamedTuple):
 
 
 def optimizer_steps(
-    train: BilingualDataset | StreamedPairs, config: Config, progress: Progress, device: torch.device
+    train: BilingualDataset | StreamedPairs, size: int, config: Config, progress: Progress, device: torch.device
 ) -> Iterator[StepBatches]:
-    """Yields the batches of each optimizer step of the epoch, from the batch of `progress` on."""
-    size = config.accumulation_steps * distributed.world_size()
+    """Yields the steps of the epoch, from the batch of `progress` on. A step has `size` batches of all processes."""
     if config.stream:
         passes = math.ceil(size / distributed.world_size())
         with explained_worker_loss(config):
@@ -115,10 +114,10 @@ def optimizer_steps(
                 yield StepBatches.of(own or [train.sample[[0]]], len(own), passes, consumed, is_last)
         return
     batches, start = Batches(train, config, progress.epoch), progress.batch
-    own = distributed.own_batches(batches.starting_at(start), config.accumulation_steps)
+    own = distributed.own_batches(batches.starting_at(start), size)
     with starting_workers() if config.num_workers else contextlib.nullcontext():
         loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
-    for count in distributed.own_counts(len(batches) - start, config.accumulation_steps):
+    for count in distributed.own_counts(len(batches) - start, size):
         consumed = min(size, len(batches) - start)
         passes = math.ceil(consumed / distributed.world_size())  # with --shard, each one needs all processes
         with explained_worker_loss(config):
@@ -250,9 +249,11 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
     Raises InputError for bad input, before an existing run is changed; a newly created folder is then removed.
     """
     is_first = distributed.is_first()
-    missing = [path for path in (folder.path, *folder.path.absolute().parents) if not path.exists()]
+    missing = [path for path in (folder.path, *folder.path.absolute().parents) if is_first and not path.exists()]
     if is_first:
         resources.enter_context(locked_folder(config, folder))
+    else:
+        folder.wait_for_mark(distributed.attempt, distributed.rank())
     with removing_on_error(missing):  # only under the lock: another process may have just created the folder
         device = distributed.own_device(get_device(config.device))
         if is_first and config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
@@ -272,6 +273,8 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
             if aside := folder.set_aside(resume_point.conflicting):
                 print(f"training from scratch: the files of an earlier run were moved to {aside}")
             save_tokenizers(config, *data[2:])
+        if is_first and distributed.world_size() > 1:
+            folder.mark(distributed.attempt)
     return Prepared(device, *data, resume_point)
 
 
@@ -315,15 +318,16 @@ def warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def count_steps(config: Config, train: BilingualDataset | StreamedPairs) -> int:
-    """Number of optimizer steps of the whole run."""
+def count_steps(config: Config, train: BilingualDataset | StreamedPairs, batches_per_step: int = 0) -> int:
+    """Number of optimizer steps of the whole run; with `batches_per_step` 0, of a new one."""
     if config.stream:
         return config.max_steps
-    return planned_steps(config, len(Batches(train, config, epoch=0)))
+    return planned_steps(config, len(Batches(train, config, epoch=0)), batches_per_step)
 
 
-def planned_steps(config: Config, batches_per_epoch: int) -> int:
-    steps = math.ceil(batches_per_epoch / (config.accumulation_steps * distributed.world_size())) * config.num_epochs
+def planned_steps(config: Config, batches_per_epoch: int, batches_per_step: int = 0) -> int:
+    batches_per_step = batches_per_step or config.accumulation_steps * distributed.world_size()
+    steps = math.ceil(batches_per_epoch / batches_per_step) * config.num_epochs
     return min(steps, config.max_steps or steps)
 
 
@@ -412,6 +416,17 @@ def resume(
         epoch, batch, step = asdict(state.progress).values()
         where = f"batch {batch} of epoch" if batch else "the start of epoch"
         print(f"resuming     from {resume_point.path.name}, at {where} {epoch}, step {step:,}")
+        batches = batches_per_step(config, resume_point)
+        describe_processes(len(resume_point.state["rng"]), distributed.world_size(), batches)
+
+
+def describe_processes(before: int, now: int, batches: int) -> None:
+    """Says how the batches of a step are divided if the number of processes has changed since the checkpoint."""
+    if now != before:
+        share = math.ceil(batches / now)
+        print(f"processes    {before} before, {now} now; still {batches} batches per step, up to {share} per process")
+        if batches < now:
+            warn(f"{now - batches} of {now} processes are idle: a run keeps the number of batches per step ({batches})")
 
 
 def save(
@@ -419,16 +434,17 @@ def save(
     folder: RunFolder,
     state: TrainingState,
     train: BilingualDataset | StreamedPairs,
-    fingerprints: dict,
+    constants: dict,
     log: TrainingLog,
 ) -> None:
-    """Writes a checkpoint and updates the mirror. All processes must call it."""
+    """Writes a checkpoint, with what is the same in all of them, and updates the mirror. All processes must call it."""
     log.check_finite()
     saved = state.state_dict() | ({"stream": train.state_dict()} if config.stream else {})
     if distributed.is_first():
         tokenizers = [folder.tokenizer_file(lang).read_text("utf8") for lang in (config.lang_src, config.lang_tgt)]
-        folder.save({**saved, **fingerprints, "config": asdict(config), "tokenizers": tokenizers})
+        folder.save({**saved, **constants, "config": asdict(config), "tokenizers": tokenizers})
         update_mirror(config, folder, log)
+    distributed.broadcast(None)  # the others wait here, where they may wait for long, rather than in the next step
 
 
 def validate(
@@ -468,15 +484,16 @@ def train_model(config: Config) -> TrainingState:
     keep_freed_memory()
     share_cores()
     folder = RunFolder.of(config)
-    with distributed.process_group(), contextlib.ExitStack() as resources:
+    with distributed.process_group(config.ddp_timeout), contextlib.ExitStack() as resources:
         # Prepare: the first process encodes the corpus, the others then load it from the cache
         prepared = distributed.first_then_others(lambda: prepare(config, folder, resources))
         device, train, validation, *tokenizers, resume_point = prepared
         allow_tf32(device)
-        fingerprints = {"corpus": train.fingerprint, "validation": validation.fingerprint}
+        constants = {"corpus": train.fingerprint, "validation": validation.fingerprint}
         state = TrainingState.create(config, *(t.get_vocab_size() for t in tokenizers), device)
         precision = choose_precision(config.precision, device, state.model)
-        total_steps = count_steps(config, train)
+        step_size = constants["batches_per_step"] = batches_per_step(config, resume_point)
+        total_steps = count_steps(config, train, step_size)
         if distributed.is_first():
             describe(config, folder, prepared, state.model, precision)
             describe_plan(config, total_steps, prepared, state.model, precision)
@@ -511,7 +528,7 @@ def train_model(config: Config) -> TrainingState:
                 progress = state.progress
                 train.begin_epoch(progress.epoch)
                 is_end_of_epoch = True
-                for step in optimizer_steps(train, config, progress, device):
+                for step in optimizer_steps(train, step_size, config, progress, device):
                     # One step
                     rate = learning_rate(progress.step, config, total_steps)
                     with within_memory(*step.batches):
@@ -531,14 +548,14 @@ def train_model(config: Config) -> TrainingState:
                     if stop.received() or is_finished(progress, config):
                         break
                     if config.save_every_steps and progress.step % config.save_every_steps == 0:
-                        save(config, folder, state, train, fingerprints, log)
+                        save(config, folder, state, train, constants, log)
 
                 # Save
                 if config.stream:
                     print_line(train.summary())
                 if is_end_of_epoch:
                     progress.epoch, progress.batch = progress.epoch + 1, 0
-                save(config, folder, state, train, fingerprints, log)
+                save(config, folder, state, train, constants, log)
                 if progress.batch:
                     print_line(f"saved {folder.checkpoint(**asdict(progress))}")
 

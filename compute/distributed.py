@@ -6,11 +6,16 @@ Without torchrun there is one process, and torch.distributed is never called.
 
 import contextlib
 import os
+import socket
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -19,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import InputError
 
-# Other processes wait while the first one prepares the data or validates, but not in the exchange of gradients.
-TIMEOUT, GRADIENT_TIMEOUT = timedelta(hours=12), timedelta(minutes=10)
+JOIN_TIMEOUT = timedelta(minutes=1)  # to connect processes that have all started
+PATIENCE = timedelta(hours=12)  # others wait while the first one prepares the data, validates or saves
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
@@ -50,29 +55,139 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
+# ---------------------------------------------------------------------------- joining and leaving
+
+attempt = ""  # a text that all processes agree on when they join, another one after each restart
+patient_group: dist.ProcessGroup | None = None  # in which processes wait for the first one, up to PATIENCE
+
+
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
+def process_group(seconds: float) -> Iterator[None]:
     """Context with a process group, which exchanges GPU tensors through NCCL and others through gloo.
 
-    If another process dies, this one raises InputError; the cause is in the output of the other one.
+    Raises InputError if another process dies or does not join; the cause is in the output of the other one. Ends this
+    process if another one does not respond for `seconds` (see `Heartbeat`).
     """
     if world_size() == 1:
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        yield
-        dist.barrier()  # a process that leaves early would close connections that others still use
+        with joined(timedelta(seconds=seconds)):
+            yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         raise InputError(
-            f"process {rank()}: another process of this run has ended; its output gives the reason, "
-            "and the same command resumes from the last checkpoint"
+            f"process {rank()}: another process of this run has ended or does not respond; its output gives the "
+            "reason, and the same command resumes from the last checkpoint"
         ) from None
+
+
+@contextlib.contextmanager
+def joined(timeout: timedelta) -> Iterator[None]:
+    """Context in which this process is connected to the others. In a training step, they wait up to 2 x `timeout`."""
+    global attempt, patient_group
+    # Functions of this module have the process group of its first import as a default value. DistributedDataParallel
+    # imports it; the group would then outlive `destroy_process_group`, and gloo's threads, if they are still busy when
+    # Python ends, abort the process.
+    import torch.distributed.nn
+
+    stores = [next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))[0] for _ in range(2)]
+    attempt = agree_on_attempt(stores[0], timeout)
+    store, own_store = (dist.PrefixStore(attempt, store) for store in stores)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=JOIN_TIMEOUT)
+    heartbeat = Heartbeat(own_store, timeout.total_seconds())
+    try:
+        sum_over_processes(0)  # all are connected; `dist.barrier` would use a GPU, which is not chosen yet
+        heartbeat.start()
+        dist.distributed_c10d._set_pg_timeout(2 * timeout)  # the heartbeat comes first, because it names the process
+        patient_group = dist.new_group(timeout=PATIENCE, backend="gloo")
+        yield
+        heartbeat.stop()  # the store may end with the first process
+        sum_over_processes(0)  # a process that leaves early would close connections that others still use
     finally:
+        heartbeat.stop()
+        patient_group = None
         dist.destroy_process_group()
+
+
+def agree_on_attempt(store: dist.Store, timeout: timedelta) -> str:
+    """A random text of the first process, in every process. Raises InputError if one does not come.
+
+    torchrun's store outlives the processes that it restarts, with all their entries, and the number of restarts differs
+    between machines (PyTorch issue 135712). So every process asks under a random name, which the first one answers.
+    """
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        timeout = min(timeout, JOIN_TIMEOUT)  # if that fails, torchrun tries again
+    own = uuid4().hex
+    if not is_first():
+        store.set(f"asks/{rank()}", own)
+        store.wait([f"answer/{own}"], timeout)
+        answer = store.get(f"answer/{own}").decode()
+        store.set(f"{answer}/{rank()}", "here")
+        store.wait([f"{answer}/complete"], timeout)
+        return answer
+    missing, deadline = set(range(1, world_size())), time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            names = ", ".join(map(str, sorted(missing)))
+            raise InputError(f"process {names} of {world_size()} has not joined within {timeout.seconds} s")
+        for other in missing:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        missing = {other for other in missing if not store.check([f"{own}/{other}"])}
+        time.sleep(0.1)
+    store.set(f"{own}/complete", "")
+    return own
+
+
+class Heartbeat:
+    """A thread through which the processes tell each other that they are alive.
+
+    If another process is silent for `seconds`, because it was stopped or its machine or network is down, this one names
+    it and ends. It ends without cleaning up: its main thread waits for the other one and cannot be interrupted.
+    """
+
+    def __init__(self, store: dist.Store, seconds: float):
+        self.store, self.seconds, self.ending = store, seconds, threading.Event()
+        self.name = f"process {rank()} ({socket.gethostname()}, process id {os.getpid()})"
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.beat(0)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.ending.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def beat(self, count: int) -> None:
+        self.store.set(f"heartbeat/{rank()}", f"{count} {self.name}")
+
+    def run(self) -> None:
+        """Writes a heartbeat ten times in `seconds` and reads those of the others."""
+        keys = [f"heartbeat/{other}" for other in range(world_size())]
+        seen, count, last = {}, 0, time.monotonic()
+        while not self.ending.wait(self.seconds / 10):
+            try:
+                self.beat(count := count + 1)
+                beats = self.store.multi_get(keys)
+            except RuntimeError:
+                return self.end("the connection to the first machine is lost")
+            now = time.monotonic()
+            was_stopped = now - last > self.seconds / 2
+            seen = {beat: now if was_stopped else seen.get(beat, now) for beat in beats}
+            last = now
+            if silent := [beat.decode().partition(" ")[2] for beat in beats if now - seen[beat] > self.seconds]:
+                self.end(f"{', '.join(silent)} has not responded for {self.seconds:g} s (--ddp-timeout)")
+
+    def end(self, reason: str) -> None:
+        """Ends this process, unless it is leaving."""
+        if not self.ending.is_set():
+            print(f"error: {reason}; the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
+            os._exit(2)
 
 
 def first_then_others(work: Callable[[], T]) -> T:
@@ -99,11 +214,12 @@ def averaging_gradients(module: nn.Module, device: torch.device) -> nn.Module:
     """The module, wrapped in DistributedDataParallel if there are several processes."""
     if world_size() == 1:
         return module
-    options = {"broadcast_buffers": False}  # the positional encodings never change
-    if device.type == "cuda":
-        broadcast(None)  # waits for the first process, which may still be validating
-        options |= {"device_ids": [device.index], "process_group": dist.new_group(timeout=GRADIENT_TIMEOUT)}
-    return DistributedDataParallel(module, **options)
+    broadcast(None)  # waits for the first process, which may still be validating
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # from PyTorch 2.13 on, this option has another name
+        # The positional encodings never change.
+        device_ids = {"device_ids": [device.index]} if device.type == "cuda" else {}
+        return DistributedDataParallel(module, broadcast_buffers=False, **device_ids)
 
 
 def without_averaging(module: nn.Module) -> contextlib.AbstractContextManager:
@@ -116,7 +232,7 @@ def broadcast(value: T) -> T:
     if world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=patient_group)
     return values[0]
 
 
@@ -125,42 +241,43 @@ def gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=patient_group)
     return values
 
 
 def sum_over_processes(number: Number) -> Number:
-    return all_reduce(number, "SUM")
+    """The sum of the processes' numbers. Only within a step, because the others do not wait for long (see `joined`)."""
+    return all_reduce(number, "SUM", None)
 
 
 def max_over_processes(number: Number) -> Number:
-    return all_reduce(number, "MAX")
+    """The largest number of all processes. Blocks until every process has called it."""
+    return all_reduce(number, "MAX", patient_group)
 
 
-def all_reduce(number: Number, operation: str) -> Number:
+def all_reduce(number: Number, operation: str, group: dist.ProcessGroup | None) -> Number:
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, dtype=torch.float64)
-    dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, operation), group)
     return type(number)(tensor.item())
 
 
-def own_counts(batches: int, accumulation: int) -> Iterator[int]:
+def own_counts(batches: int, batches_per_step: int) -> Iterator[int]:
     """For each optimizer step of an epoch with `batches` batches, how many of them this process trains on.
 
-    A step takes accumulation x world size batches; in the last step of an epoch a process may have none.
+    The batches of a step are dealt out in turn; a process may have none in the last step of an epoch.
     """
-    size = accumulation * world_size()
-    for start in range(0, batches, size):
-        yield len(range(start + rank(), min(start + size, batches), world_size()))
+    for start in range(0, batches, batches_per_step):
+        yield len(range(start + rank(), min(start + batches_per_step, batches), world_size()))
 
 
-def own_batches(batches: Iterable[T], accumulation: int) -> Iterator[T]:
+def own_batches(batches: Iterable[T], batches_per_step: int) -> Iterator[T]:
     """The batches that this process trains on.
 
     In a step that has none for it, the last batch of the step is repeated as a dummy, because every process must run
     a backward pass for the gradients to be exchanged.
     """
     batches = iter(batches)
-    while step := list(islice(batches, accumulation * world_size())):
+    while step := list(islice(batches, batches_per_step)):
         yield from step[rank() :: world_size()] or step[-1:]

@@ -12,7 +12,7 @@ model.safetensors.sha256      checksums of the weights, the config and the token
 set_aside/                    files that an earlier training in this folder left
 run_id                        a random text that tells this run from all others
 .lock                         locked by the training process
-.trainer                      in a mirror: the process that writes it
+.trainer                      in a mirror: the process that writes it; with several processes: which of their attempts
 """
 
 import contextlib
@@ -22,7 +22,9 @@ import json
 import math
 import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -41,6 +43,7 @@ MODEL_BASENAME = "tmodel_"
 WEIGHTS_ONLY = "_weights"
 WEIGHTS_FILE = "model.safetensors"
 SET_ASIDE = "set_aside"
+MAX_DELAY = 70  # seconds until a file is visible on all machines: NFS keeps listings of folders for up to 60 s
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # errors of file systems without locks
 
 
@@ -398,6 +401,21 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot create {self} ({error}); choose another --run-dir") from None
+
+    def mark(self, text: str) -> None:
+        """Writes a text by which other machines recognize this folder."""
+        write_atomically(self.trainer_file, text)
+
+    def wait_for_mark(self, text: str, rank: int) -> None:
+        """Waits until this process sees the mark of the first one. Raises InputError if it does not appear."""
+        deadline = time.monotonic() + MAX_DELAY
+        while not (self.trainer_file.is_file() and read_run_file(self.trainer_file) == text):
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"process {rank} on {socket.gethostname()} does not see in {self.path.absolute()} what the first "
+                    f"process has written there ({MAX_DELAY} s); give a --run-dir on a disk that all machines share"
+                )
+            time.sleep(0.2)
 
     @contextlib.contextmanager
     def locked(self, flag: str = "--run-dir") -> Iterator[None]:

@@ -3,25 +3,35 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
+from math import ceil
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, checkpoints, run_path
 from test_train import final_state, flags_of, is_identical
 
 from compute import distributed
-from config import Config
+from config import Config, InputError
+from runs import folder as run_folder
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunFolder
 from train import train_model
+from training.resume import ResumePoint, batches_per_step
 
 
-def launch(config: Config, processes: int, seconds: int = 120, **environment: str) -> subprocess.CompletedProcess:
+def launch(
+    config: Config, processes: int, seconds: int = 300, restarts: int = 0, **environment: str
+) -> subprocess.CompletedProcess:
     """Runs the training of a config to its end, with torchrun if there are several processes."""
     worker = str(ROOT / "tests" / "torchrun_worker.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun += ["--max-restarts", str(restarts)]
     return subprocess.run(
         [sys.executable, *(torchrun if processes > 1 else []), worker, *flags_of(config)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -79,6 +89,36 @@ def test_if_a_process_dies_all_stop_and_the_same_command_resumes_bit_identically
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["DIE_AT_STEP", "STOP_AT_STEP"])
+def test_torchrun_restarts_the_processes_after_one_dies_or_hangs(config, tmp_path, fault):
+    config = replace(config, dropout=0.1)
+    uninterrupted = replace(config, run_dir=str(tmp_path / "uninterrupted"))
+    assert launch(uninterrupted, 2).returncode == 0
+    restarted = replace(config, run_dir=str(tmp_path / "restarted"), ddp_timeout=10.0)
+    done = launch(restarted, 2, restarts=1, **{fault: "7"})
+    assert done.returncode == 0, done.stderr
+    assert "resuming     from" in done.stdout
+    named = "has not responded for 10 s (--ddp-timeout); the same command resumes from the last checkpoint"
+    assert (named in done.stderr) == (fault == "STOP_AT_STEP")
+    assert is_identical(final_state(restarted), final_state(uninterrupted))
+
+
+@pytest.mark.slow
+def test_a_run_continues_with_another_number_of_processes_and_the_same_batches_per_step(config, tmp_path):
+    two = replace(config, run_dir=str(tmp_path / "two"))
+    assert launch(two, 2, USE_FLOAT64="1").returncode == 0
+    changed = replace(config, run_dir=str(tmp_path / "changed"))
+    lines = {2: "", 1: "2 before, 1 now; still 2 batches per step, up to 2 per process", 3: "1 before, 3 now; still 2"}
+    for processes, max_steps in ((2, 3), (1, 6), (3, 0)):
+        done = launch(replace(changed, max_steps=max_steps), processes, USE_FLOAT64="1")
+        assert done.returncode == 0, done.stderr
+        assert lines[processes] in done.stdout
+    assert "warning: 1 of 3 processes are idle" in done.stderr
+    assert load_checkpoint(checkpoints(changed)[-1])["progress"] == load_checkpoint(checkpoints(two)[-1])["progress"]
+    assert max_difference(two, changed) < 1e-9
+
+
+@pytest.mark.slow
 def test_bad_input_is_reported_once_and_no_process_hangs(config):
     done = launch(replace(config, datasource="none.tsv"), 2)
     assert done.returncode != 0
@@ -87,19 +127,20 @@ def test_bad_input_is_reported_once_and_no_process_hangs(config):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
-@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (2, 3), (3, 2)])
-def test_each_batch_goes_to_one_process_and_all_make_equally_many_steps(monkeypatch, count, world, accumulation):
+@pytest.mark.parametrize(("world", "size"), [(1, 1), (2, 2), (2, 6), (3, 6), (2, 3), (3, 2), (3, 1)])
+def test_each_batch_goes_to_one_process_and_all_make_equally_many_steps(monkeypatch, count, world, size):
     batches, steps_by_rank = list(range(count)), []
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        own, counts = distributed.own_batches(batches, accumulation), list(distributed.own_counts(count, accumulation))
-        taken = [list(islice(own, max(1, size))) for size in counts]
+        own, counts = distributed.own_batches(batches, size), list(distributed.own_counts(count, size))
+        taken = [list(islice(own, max(1, number))) for number in counts]
         assert list(own) == []
-        steps_by_rank.append([step[:size] for step, size in zip(taken, counts, strict=True)])
-    assert len({len(steps) for steps in steps_by_rank}) == 1
-    assert sorted(batch for steps in steps_by_rank for step in steps for batch in step) == batches
-    assert all(len(step) <= accumulation for steps in steps_by_rank for step in steps)
+        steps_by_rank.append([step[:number] for step, number in zip(taken, counts, strict=True)])
+    assert {len(steps) for steps in steps_by_rank} == {ceil(count / size)}
+    for i in range(ceil(count / size)):
+        assert sorted(batch for steps in steps_by_rank for batch in steps[i]) == batches[i * size : (i + 1) * size]
+    assert all(len(step) <= ceil(size / world) for steps in steps_by_rank for step in steps)
 
 
 def test_a_single_process_never_calls_torch_distributed(tiny_config, monkeypatch):
@@ -111,14 +152,125 @@ def test_a_single_process_never_calls_torch_distributed(tiny_config, monkeypatch
     train_model(replace(tiny_config, save_every_steps=2, num_epochs=1))
 
 
-def test_the_exchange_of_gradients_has_a_time_limit_and_leaves_out_the_positional_encodings(monkeypatch):
+def test_gradients_are_averaged_on_the_own_gpu_and_without_the_positional_encodings(monkeypatch):
     order, module = [], torch.nn.Linear(2, 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "broadcast", lambda value: order.append("all processes meet"))
-    monkeypatch.setattr(distributed.dist, "new_group", lambda timeout: order.append(timeout.total_seconds()) or "group")
     monkeypatch.setattr(distributed, "DistributedDataParallel", lambda module, **options: options)
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
     assert distributed.averaging_gradients(module, cpu) == {"broadcast_buffers": False}
-    expected = {"broadcast_buffers": False, "device_ids": [1], "process_group": "group"}
-    assert distributed.averaging_gradients(module, gpu) == expected
-    assert order == ["all processes meet", 600]
+    assert distributed.averaging_gradients(module, gpu) == {"broadcast_buffers": False, "device_ids": [1]}
+    assert order == ["all processes meet"] * 2
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """A function that calls another one in two threads, as two processes; returns their results."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "rank", lambda: int(threading.current_thread().name))
+
+    def run(work, ranks=(0, 1)) -> list:
+        results = {}
+
+        def call() -> None:
+            try:
+                results[distributed.rank()] = work()
+            except Exception as error:
+                results[distributed.rank()] = error
+
+        threads = [threading.Thread(target=call, name=str(rank)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [results[rank] for rank in ranks]
+
+    return run
+
+
+def test_processes_agree_on_an_attempt_although_the_store_has_entries_of_earlier_ones(ranks):
+    store, found = dist.HashStore(), set()
+    for _ in range(3):
+        first, second = ranks(lambda: distributed.agree_on_attempt(store, timedelta(seconds=20)))
+        assert first == second
+        found.add(first)
+    assert len(found) == 3
+
+
+def test_a_process_that_does_not_join_is_named(ranks):
+    store = dist.HashStore()
+    store.set("asks/1", "a process that has ended")
+    (error,) = ranks(lambda: distributed.agree_on_attempt(store, timedelta(seconds=1)), [0])
+    assert isinstance(error, InputError)
+    assert str(error) == "process 1 of 2 has not joined within 1 s"
+
+
+@pytest.mark.parametrize("seconds_alive", [0.0, 2.0])
+def test_a_silent_process_is_named_within_the_limit(monkeypatch, ranks, seconds_alive):
+    ended, store, reasons = threading.Event(), dist.HashStore(), []
+    monkeypatch.setattr(distributed.Heartbeat, "end", lambda self, reason: (reasons.append(reason), ended.set()))
+
+    def live() -> None:
+        heartbeat = distributed.Heartbeat(store, 1.0)
+        if distributed.rank() == 1:
+            for count in range(int(seconds_alive * 10)):
+                heartbeat.beat(count)
+                ended.wait(0.1)
+        else:
+            store.wait(["heartbeat/1"])
+            heartbeat.start()
+            assert not ended.wait(seconds_alive)
+            assert ended.wait(20)
+            heartbeat.stop()
+
+    monkeypatch.setattr(distributed.Heartbeat, "run", in_rank_0(distributed.Heartbeat.run))
+    assert ranks(live) == [None, None]
+    assert reasons[0].startswith("process 1 (")
+    assert reasons[0].endswith("has not responded for 1 s (--ddp-timeout)")
+
+
+def in_rank_0(run):
+    """The function with the name of its thread set to 0."""
+
+    def named(self) -> None:
+        threading.current_thread().name = "0"
+        run(self)
+
+    return named
+
+
+def test_a_run_keeps_its_number_of_batches_per_step(config, monkeypatch):
+    config = replace(config, accumulation_steps=3)
+
+    def found(state: dict | None) -> int:
+        return batches_per_step(config, ResumePoint(Path("tmodel_00.pt"), state, []))
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert found(None) == 12
+    assert found({"rng": [{}, {}]}) == 6  # saved by an earlier version with two processes
+    assert found({"rng": [{}], "batches_per_step": 8}) == 8
+    for wrong in (0, -1, 1.5, "2", None, True):
+        with pytest.raises(InputError, match=r"tmodel_00.pt has .* batches per step"):
+            found({"rng": [{}], "batches_per_step": wrong})
+
+
+def test_a_run_folder_may_appear_late_on_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "MAX_DELAY", 0.5)
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(InputError, match=f"process 3 on .* does not see in {folder} what the first process"):
+        folder.wait_for_mark("new", 3)
+    assert not folder.path.exists()
+    folder.mark("old")
+    with pytest.raises(InputError, match="give a --run-dir on a disk that all machines share"):
+        folder.wait_for_mark("new", 3)
+    monkeypatch.setattr(run_folder, "MAX_DELAY", 20)
+    timer = threading.Timer(0.5, lambda: folder.mark("new"))
+    timer.start()
+    folder.wait_for_mark("new", 3)
+    timer.join()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 4.9, 43_201.0, float("nan")])
+def test_the_limit_for_hung_processes_must_be_sensible(config, seconds):
+    with pytest.raises(InputError, match="give 5 to 43,200 seconds"):
+        replace(config, ddp_timeout=seconds)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from compute import distributed
 from config import FIXED_FIELDS, Config, InputError, changed_settings
 from dataset import Batches, BilingualDataset
 from runs.checkpoint import DamagedCheckpoint, require_parts
@@ -43,6 +44,19 @@ def find_resume_point(folder: RunFolder, config: Config) -> ResumePoint:
     check_same_settings(config, state["config"], path)
     later = files[files.index(path) + 1 :] if config.preload != "latest" else []
     return ResumePoint(path, state, later)
+
+
+def batches_per_step(config: Config, resume_point: ResumePoint) -> int:
+    """The number of batches of an optimizer step, of all processes together.
+
+    A run keeps the number that it began with, also with more or fewer processes. Raises InputError for a wrong number.
+    """
+    state = resume_point.state or {}
+    processes = len(state["rng"]) if state else distributed.world_size()
+    batches = state.get("batches_per_step", config.accumulation_steps * processes)  # earlier versions did not save it
+    if type(batches) is not int or batches < 1:
+        raise InputError(f"{resume_point.path} has {batches!r} batches per step; resume from another with --preload")
+    return batches
 
 
 def languages(config: Config) -> tuple[str, str]:
