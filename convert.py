@@ -99,7 +99,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         check_contents({"model": state})
         return state
     except DamagedCheckpoint as error:
-        raise InputError(f"{path} is not a checkpoint of the tutorial's train.py ({error}); give another file") from None
+        raise InputError(f"{path} is no checkpoint of the tutorial's train.py ({error}); give another file") from None
     except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, ValueError):
         raise InputError(
             f"{path} is damaged or not a checkpoint of the tutorial's train.py; give another file"

@@ -322,15 +322,16 @@ class RunFolder:
             try:
                 state = self.load(path)
                 require_parts(state, path, "model", "ema_model")
-            except FileNotFoundError:  # removed by a training process in the meantime
-                continue
-            except DamagedCheckpoint as error:
-                warn_skipped(path, error)
+            except (FileNotFoundError, DamagedCheckpoint) as error:
+                if path.exists():
+                    warn_skipped(path, error)
                 continue
             update_mean(mean, weights_for_inference(state), len(loaded) + 1)
             loaded.append((path, state if not loaded else {}))
             if len(loaded) == average:
                 return loaded[0][0], mean, loaded[0][1]
+        if not all(path.exists() for path in files):  # a training process has removed some in the meantime
+            return self.load_weights(weights, average, best_by)
         if not files and average == 1:
             raise InputError(f"the run {self} has no checkpoint yet; train it with python train.py --run-dir {self}")
         raise InputError(
