@@ -415,6 +415,7 @@ def word_attention(translator: Translator, sentence: str, ids: list[int]) -> tup
     Index 0 of the weights is the shift of `Aligner`; the columns include [SOS] and [EOS].
     """
     src_ids, config = translator.encode(sentence), translator.config
+    ids = ids[: config.seq_len - 1]  # [SOS] comes before them, and the decoder reads seq_len positions at most
     whole_words = config.tokenizer == "word"
     source = [translator.tokenizer_src.id_to_token(i) for i in src_ids]
     target = [translator.tokenizer_tgt.id_to_token(i) for i in ids]

@@ -25,7 +25,8 @@ from course import grade
 from runs.checkpoint import load_checkpoint
 from runs.files import check_outputs
 from runs.folder import RunFolder
-from translate import repeat_run_dir
+from training.streaming import StreamedPairs
+from translate import Translator, repeat_run_dir, word_attention
 
 # ---------------------------------------------------------------------------- data loss
 
@@ -229,6 +230,34 @@ def test_a_further_folder_without_a_run_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "no_run").mkdir()
     assert repeat_run_dir(["--run-dir", "a", "no_run", "I see."]) == ["--run-dir", "a", "--run-dir", "no_run", "I see."]
+
+
+# ---------------------------------------------------------------------------- tracebacks
+
+
+def test_a_translation_as_long_as_the_model_allows_has_an_alignment(folder):  # noqa: F811
+    translator = Translator.load("run", "cpu")
+    ids = [5] * translator.config.seq_len
+    _, target, weights = word_attention(translator, "I see.", ids)
+    assert len(target) == weights.shape[-2] == translator.config.seq_len - 1
+
+
+POSITIONS = [
+    {"shards": [[99, 0]]}, {"shards": [[-1, 0]]}, {"shards": [["a", 0]]}, {"epoch": "x"}, {"processes": []},
+    {"processes": [{"turn": 7, "cursors": [[0, 0, 0, [0, 0, 0, 0]]]}]},
+    {"processes": [{"turn": 0, "cursors": [[9, 0, 0, [0, 0, 0, 0]]]}]},
+    {"processes": [{"turn": 0, "cursors": [[0, -1, 0, [0, 0, 0, 0]]]}]},
+    {"processes": [{"turn": 0, "cursors": [[0, 0, -1, [0, 0, 0, 0]]]}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", POSITIONS, ids=str)
+def test_a_position_that_no_stream_has_is_refused(change):
+    good = {"epoch": 0, "shards": [[0, 0]], "processes": [{"turn": 0, "cursors": [[0, 0, 1, [1, 0, 0, 0]]]}]}
+    stream = StreamedPairs(get_config("toy"), SimpleNamespace(names=["a"]), 1, None)
+    stream.load_state_dict(good)
+    with pytest.raises(ValueError, match="position in the stream"):
+        stream.load_state_dict(good | change)
 
 
 # ---------------------------------------------------------------------------- grading
