@@ -564,17 +564,24 @@ def main(argv: list[str]) -> None:
 
         disable_progress_bars()
     state = train_model(config)
-    folder = RunFolder.of(config)
-    if state.stop_signal:
-        if distributed.is_first():
-            print(f"stopped; to resume: python train.py --run-dir {folder}", file=sys.stderr)
-        sys.exit(128 + state.stop_signal)
     if distributed.is_first():
-        print("\nNext:")
-        print(f'  python translate.py --run-dir {folder} "SENTENCE"')
-        print(f"  python evaluate.py --run-dir {folder}")
-        print(f'  python visualize.py --run-dir {folder} "SENTENCE" --html attention.html')
-        print(f"  tensorboard --logdir {folder.tensorboard}")
+        print_next_steps(RunFolder.of(config), state.stop_signal)
+    status = 128 + state.stop_signal if state.stop_signal else 0
+    if state.is_sharded:
+        sharding.end_process(status)
+    if status:
+        sys.exit(status)
+
+
+def print_next_steps(folder: RunFolder, stop_signal: int) -> None:
+    if stop_signal:
+        print(f"stopped; to resume: python train.py --run-dir {folder}", file=sys.stderr)
+        return
+    print("\nNext:")
+    print(f'  python translate.py --run-dir {folder} "SENTENCE"')
+    print(f"  python evaluate.py --run-dir {folder}")
+    print(f'  python visualize.py --run-dir {folder} "SENTENCE" --html attention.html')
+    print(f"  tensorboard --logdir {folder.tensorboard}")
 
 
 if __name__ == "__main__":
