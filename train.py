@@ -8,7 +8,7 @@ that neither padding nor batch sizes change the weight of a token.
 from __future__ import annotations
 
 # config comes first: it makes Ctrl-C quiet during the imports below
-from config import INHERITED_FIELDS, PRESETS, Config, InputError, counted, get_config, parse, run_command
+from config import INHERITED_FIELDS, PRESETS, Config, counted, get_config, parse, run_command
 
 # isort: split
 import argparse
@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,12 +45,13 @@ from dataset import Batches, BilingualDataset, encode_splits, make_loader, save_
 from evaluate import format_scores, score
 from runs import mirror
 from runs.folder import RunFolder, merits
+from training.batches import StepBatches, optimizer_steps
 from training.estimate import check_shared_memory, estimated_memory, estimated_seconds
 from training.initial import start_from
 from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars
 from training.losses import LossInputs, TrainingLoss, count_target_tokens
 from training.resume import ResumePoint, batches_per_step, check_same_data, find_resume_point, load_state
-from training.signals import StopSignal, starting_workers
+from training.signals import StopSignal
 from training.state import Progress, TrainingState
 from training.streaming import StreamedPairs
 from translate import Translator
@@ -87,57 +87,6 @@ def peak_learning_rate(config: Config, total_steps: int) -> tuple[int, float]:
 
 
 # ---------------------------------------------------------------------------- one optimizer step
-
-
-class StepBatches(NamedTuple):
-    """The batches of one optimizer step that this process trains on."""
-
-    batches: list[dict]  # equally many in every process
-    dummies: int  # number of batches at the end with weight 0: other processes have more than this one
-    consumed: int  # number of batches of all processes in this step
-    is_last: bool = False  # of the epoch
-
-    @classmethod
-    def of(cls, found: list[dict], own: int, passes: int, consumed: int, is_last: bool) -> StepBatches:
-        """Of one or more batches, the first `own` count; the last one is repeated up to `passes` batches."""
-        return cls(found + found[-1:] * (passes - len(found)), passes - own, consumed, is_last)
-
-
-def optimizer_steps(
-    train: BilingualDataset | StreamedPairs, size: int, config: Config, progress: Progress, device: torch.device
-) -> Iterator[StepBatches]:
-    """Yields the steps of the epoch, from the batch of `progress` on. A step has `size` batches of all processes."""
-    if config.stream:
-        passes = math.ceil(size / distributed.world_size())
-        with explained_worker_loss(config):
-            for own, consumed, is_last in train.steps(size, pin_memory=device.type == "cuda"):
-                yield StepBatches.of(own or [train.sample[[0]]], len(own), passes, consumed, is_last)
-        return
-    batches, start = Batches(train, config, progress.epoch), progress.batch
-    own = distributed.own_batches(batches.starting_at(start), size)
-    with starting_workers() if config.num_workers else contextlib.nullcontext():
-        loader = iter(make_loader(train, own, config.num_workers, pin_memory=device.type == "cuda"))
-    for count in distributed.own_counts(len(batches) - start, size):
-        consumed = min(size, len(batches) - start)
-        passes = math.ceil(consumed / distributed.world_size())  # with --shard, each one needs all processes
-        with explained_worker_loss(config):
-            found = list(islice(loader, max(1, count)))
-        yield StepBatches.of(found, count, passes, consumed, consumed == len(batches) - start)
-        start += size
-
-
-@contextlib.contextmanager
-def explained_worker_loss(config: Config) -> Iterator[None]:
-    """Context in which the error of a data loader worker that was killed becomes an InputError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(
-            "a data loader worker was killed, possibly because memory ran out; "
-            f"lower --num-workers ({config.num_workers}) and resume with the same command"
-        ) from None
 
 
 def train_step(
@@ -616,17 +565,24 @@ def main(argv: list[str]) -> None:
 
         disable_progress_bars()
     state = train_model(config)
-    folder = RunFolder.of(config)
-    if state.stop_signal:
-        if distributed.is_first():
-            print(f"stopped; to resume: python train.py --run-dir {folder}", file=sys.stderr)
-        sys.exit(128 + state.stop_signal)
     if distributed.is_first():
-        print("\nNext:")
-        print(f'  python translate.py --run-dir {folder} "SENTENCE"')
-        print(f"  python evaluate.py --run-dir {folder}")
-        print(f'  python visualize.py --run-dir {folder} "SENTENCE" --html attention.html')
-        print(f"  tensorboard --logdir {folder.tensorboard}")
+        print_next_steps(RunFolder.of(config), state.stop_signal)
+    status = 128 + state.stop_signal if state.stop_signal else 0
+    if state.is_sharded:
+        sharding.end_process(status)
+    if status:
+        sys.exit(status)
+
+
+def print_next_steps(folder: RunFolder, stop_signal: int) -> None:
+    if stop_signal:
+        print(f"stopped; to resume: python train.py --run-dir {folder}", file=sys.stderr)
+        return
+    print("\nNext:")
+    print(f'  python translate.py --run-dir {folder} "SENTENCE"')
+    print(f"  python evaluate.py --run-dir {folder}")
+    print(f'  python visualize.py --run-dir {folder} "SENTENCE" --html attention.html')
+    print(f"  tensorboard --logdir {folder.tensorboard}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from config import Config
 from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, padding_mask
 from model import MultiHeadAttentionBlock, Transformer, build_transformer, causal_mask
 from search import beam_search, greedy_decode
-from train import StepBatches, train_step
+from train import train_step
+from training.batches import StepBatches
 from training.losses import TrainingLoss
 from training.state import TrainingState
 from translate import CachedDecoder

@@ -23,7 +23,8 @@ from compute.device import get_device
 from config import get_config
 from dataset import Batches, get_ds, make_loader
 from model import MultiHeadAttentionBlock
-from train import StepBatches, train_step
+from train import train_step
+from training.batches import StepBatches
 from training.losses import TrainingLoss
 from training.state import TrainingState
 

@@ -25,7 +25,8 @@ from compute import distributed, sharding
 from config import Config, InputError, run_command
 from dataset import Batches
 from model import Transformer
-from train import StepBatches, parse_config, train_step
+from train import parse_config, train_step
+from training.batches import StepBatches
 from training.estimate import GPU, GPUS, communicated_bytes, computing_seconds, count_by_place, memory_parts
 from training.losses import TrainingLoss
 from training.state import TrainingState

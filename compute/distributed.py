@@ -6,9 +6,7 @@ Without torchrun there is one process, and torch.distributed is never called.
 
 import contextlib
 import os
-import socket
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from compute.heartbeat import Heartbeat
 from config import InputError
 
 JOIN_TIMEOUT = timedelta(minutes=1)  # to connect processes that have all started
@@ -97,7 +96,7 @@ def joined(timeout: timedelta) -> Iterator[None]:
     store, own_store = (dist.PrefixStore(attempt, store) for store in stores)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=JOIN_TIMEOUT)
-    heartbeat = Heartbeat(own_store, timeout.total_seconds())
+    heartbeat = Heartbeat(own_store, rank(), world_size(), timeout.total_seconds())
     try:
         sum_over_processes(0)  # all are connected; `dist.barrier` would use a GPU, which is not chosen yet
         heartbeat.start()
@@ -140,54 +139,6 @@ def agree_on_attempt(store: dist.Store, timeout: timedelta) -> str:
         time.sleep(0.1)
     store.set(f"{own}/complete", "")
     return own
-
-
-class Heartbeat:
-    """A thread through which the processes tell each other that they are alive.
-
-    If another process is silent for `seconds`, because it was stopped or its machine or network is down, this one names
-    it and ends. It ends without cleaning up: its main thread waits for the other one and cannot be interrupted.
-    """
-
-    def __init__(self, store: dist.Store, seconds: float):
-        self.store, self.seconds, self.ending = store, seconds, threading.Event()
-        self.name = f"process {rank()} ({socket.gethostname()}, process id {os.getpid()})"
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.beat(0)
-
-    def start(self) -> None:
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.ending.set()
-        if self.thread.is_alive():
-            self.thread.join()
-
-    def beat(self, count: int) -> None:
-        self.store.set(f"heartbeat/{rank()}", f"{count} {self.name}")
-
-    def run(self) -> None:
-        """Writes a heartbeat ten times in `seconds` and reads those of the others."""
-        keys = [f"heartbeat/{other}" for other in range(world_size())]
-        seen, count, last = {}, 0, time.monotonic()
-        while not self.ending.wait(self.seconds / 10):
-            try:
-                self.beat(count := count + 1)
-                beats = self.store.multi_get(keys)
-            except RuntimeError:
-                return self.end("the connection to the first machine is lost")
-            now = time.monotonic()
-            was_stopped = now - last > self.seconds / 2
-            seen = {beat: now if was_stopped else seen.get(beat, now) for beat in beats}
-            last = now
-            if silent := [beat.decode().partition(" ")[2] for beat in beats if now - seen[beat] > self.seconds]:
-                self.end(f"{', '.join(silent)} has not responded for {self.seconds:g} s (--ddp-timeout)")
-
-    def end(self, reason: str) -> None:
-        """Ends this process, unless it is leaving."""
-        if not self.ending.is_set():
-            print(f"error: {reason}; the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
-            os._exit(2)
 
 
 def first_then_others(work: Callable[[], T]) -> T:

@@ -8,7 +8,9 @@ whole.
 These modules of PyTorch are imported where they are used, because this takes a second.
 """
 
-from typing import Any
+import os
+import sys
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -73,3 +75,13 @@ def divided_like(tensor: Tensor, example: Tensor | None) -> Tensor:
 
     tensor = tensor.to(example.device)
     return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)  # no communication
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends this process without Python's finalization, which gloo's threads could abort (see `distributed.joined`).
+
+    Caches of PyTorch hold on to the process group after sharded training, so that these threads do not end.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

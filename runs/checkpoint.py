@@ -14,7 +14,8 @@ the SHA-256 of all bytes before it, because `torch.load` does not detect flipped
     run_id      identity of the run
     config      all settings
     corpus      fingerprint of the training set
-    stream      position in a stream (--stream)
+    stream      position in the training set, with --stream
+    batches_per_step  number of batches of an optimizer step, of all processes
     validation  fingerprint of the validation set
     tokenizers  source and target tokenizer, as JSON
 """
@@ -41,7 +42,7 @@ DIGEST_LENGTH = 64  # characters of a SHA-256 in hexadecimal
 # The type of each part. Checkpoints of earlier versions lack some of them.
 PARTS = {
     "model": dict, "ema_model": dict | None, "optimizer": dict | None, "scaler": dict, "progress": dict, "rng": list,
-    "run_id": str, "config": dict, "corpus": str, "validation": str, "tokenizers": list,
+    "run_id": str, "config": dict, "corpus": str, "stream": dict, "validation": str, "tokenizers": list,
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT, checkpoints, run_path
 from test_train import final_state, flags_of, is_identical
 
 from compute import distributed
+from compute.heartbeat import Heartbeat
 from config import Config, InputError
 from runs import folder as run_folder
 from runs.checkpoint import load_checkpoint
@@ -208,10 +209,10 @@ def test_a_process_that_does_not_join_is_named(ranks):
 @pytest.mark.parametrize("seconds_alive", [0.0, 2.0])
 def test_a_silent_process_is_named_within_the_limit(monkeypatch, ranks, seconds_alive):
     ended, store, reasons = threading.Event(), dist.HashStore(), []
-    monkeypatch.setattr(distributed.Heartbeat, "end", lambda self, reason: (reasons.append(reason), ended.set()))
+    monkeypatch.setattr(Heartbeat, "end", lambda self, reason: (reasons.append(reason), ended.set()))
 
     def live() -> None:
-        heartbeat = distributed.Heartbeat(store, 1.0)
+        heartbeat = Heartbeat(store, distributed.rank(), 2, 1.0)
         if distributed.rank() == 1:
             for count in range(int(seconds_alive * 10)):
                 heartbeat.beat(count)
@@ -223,20 +224,9 @@ def test_a_silent_process_is_named_within_the_limit(monkeypatch, ranks, seconds_
             assert ended.wait(20)
             heartbeat.stop()
 
-    monkeypatch.setattr(distributed.Heartbeat, "run", in_rank_0(distributed.Heartbeat.run))
     assert ranks(live) == [None, None]
     assert reasons[0].startswith("process 1 (")
     assert reasons[0].endswith("has not responded for 1 s (--ddp-timeout)")
-
-
-def in_rank_0(run):
-    """The function with the name of its thread set to 0."""
-
-    def named(self) -> None:
-        threading.current_thread().name = "0"
-        run(self)
-
-    return named
 
 
 def test_a_run_keeps_its_number_of_batches_per_step(config, monkeypatch):

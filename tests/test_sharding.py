@@ -14,8 +14,9 @@ from compute import distributed, sharding
 from config import Config
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunFolder
-from train import StepBatches, train_model, train_step
+from train import train_model, train_step
 from training import resume
+from training.batches import StepBatches
 from training.losses import TrainingLoss
 from training.state import TrainingState
 from translate import Translator
