@@ -102,7 +102,7 @@ def check_same_data(
     if state.get("validation", validation.fingerprint) != validation.fingerprint:
         raise InputError(
             f"the validation set has changed since {path} was saved ({size_of(state['validation'])} "
-            f"then, {size_of(validation.fingerprint)} now); restore it, or train in another --run-dir"
+            f"then, {len(validation)} now); restore it, or train in another --run-dir"
         )
 
 
