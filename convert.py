@@ -33,6 +33,7 @@ from torch import Tensor
 from dataset import load_tokenizer
 from export import UNKNOWN_CORPUS, to_safetensors
 from model import get_model
+from runs.checkpoint import DamagedCheckpoint, check_contents
 from runs.files import check_new_folder, new_folder
 from runs.folder import RunFolder
 from translate import Translator
@@ -94,7 +95,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"no file {path}; give a checkpoint of the tutorial's train.py")
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"])
+        state = dict(torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"])
+        check_contents({"model": state})
+        return state
+    except DamagedCheckpoint as error:
+        raise InputError(f"{path} is no checkpoint of the tutorial's train.py ({error}); give another file") from None
     except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, ValueError):
         raise InputError(
             f"{path} is damaged or not a checkpoint of the tutorial's train.py; give another file"

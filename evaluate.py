@@ -18,7 +18,7 @@ import tyro
 
 from corpora.files import check_aligned, read_text_file
 from corpora.sources import load_split
-from runs.files import output_file
+from runs.files import check_outputs, output_file
 from translate import Runs, Weights, blank_long, check_search, load_translators, repeat_run_dir
 
 
@@ -95,6 +95,7 @@ def main(
     check_search(beam_size, length_penalty)
     if output and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise InputError(f"cannot write {output}; give the name of a file in an existing folder")
+    check_outputs([output], [source, reference])
     translator = load_translators(run_dir, device, weights, average, precision)
     if source:
         check_aligned([Path(source), Path(reference)])

@@ -27,7 +27,7 @@ from interpret.steps import log_probability, step_table
 from interpret.study import STUDY, study
 from interpret.text import findings_text, step_table_text, variants_text
 from interpret.trace import AttentionTrace, record_trace
-from runs.files import output_file
+from runs.files import check_outputs, output_file
 from translate import Translator
 
 # ---------------------------------------------------------------------------- one sentence
@@ -150,6 +150,8 @@ def main(
     for path in (html, csv):
         if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
             raise InputError(f"cannot write {path}; give the name of a file in an existing folder")
+    heads_csv = str(Path(csv).with_suffix(".heads.csv")) if csv and heads else ""
+    check_outputs([html, csv, heads_csv])
     if html:
         from interpret.page import save_report, save_study  # needs the packages of requirements-charts.txt
     translator = Translator.load(run_dir, device)
@@ -173,7 +175,7 @@ def main(
     if csv:
         write_csv(table, Path(csv))
         if importance is not None:
-            write_csv(importance, Path(csv).with_suffix(".heads.csv"))
+            write_csv(importance, Path(heads_csv))
     if html and logits_study:
         save_study(html, study(translator, sentence))
     elif html:

@@ -452,10 +452,11 @@ def train_model(config: Config) -> TrainingState:
             resume(config, folder, state, train, resume_point)
         elif resume_point.initial:
             start_from(resume_point.initial, state, train.sample if config.stream else train)
+        known_id = (resume_point.state or {}).get("run_id", "")
         del prepared, resume_point  # frees the loaded checkpoint
         if distributed.is_first():
             folder.save_config(config)
-            folder.save_run_id()
+            folder.save_run_id(known_id)
             if config.mirror_dir:
                 copy = RunFolder(config.mirror_dir)
                 resources.enter_context(mirror.locked(copy))

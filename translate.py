@@ -11,6 +11,7 @@ python translate.py < sentences.en > sentences.it
 from config import INHERITED_FIELDS, Config, InputError, changed_settings, counted, parse, run_command
 
 # isort: split
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
@@ -36,7 +37,7 @@ from corpora.files import read_lines
 from corpora.sources import load_split
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, max_characters, padding_mask, word_indices
 from model import Transformer, causal_mask, get_model
-from runs.checkpoint import require_parts
+from runs.checkpoint import not_finite, require_parts
 from runs.folder import RunFolder
 from search import EnsembleDecoder, Hypothesis, StepDecoder, beam_search, greedy_decode
 
@@ -147,6 +148,8 @@ class Translator:
             raise InputError(
                 f"{path} is damaged or does not match config.json and the tokenizers beside it; copy the folder again"
             ) from None
+        if name := not_finite({"model": model.state_dict()}):
+            raise InputError(f"{path} is damaged: {name} is not finite; export the run again")
         model = model.to(get_device(device)).eval()
         translator = cls(model, config, *tokenizers, path.name)
         translator.precision = choose_precision(precision, translator.device, model)
@@ -334,12 +337,12 @@ def load_translators(
 
 
 def repeat_run_dir(argv: list[str]) -> list[str]:
-    """`--run-dir A B` as `--run-dir A --run-dir B`: a further argument is a run if it is the folder of one."""
+    """`--run-dir A B` as `--run-dir A --run-dir B`: a further argument is a run if there is such a folder."""
     expanded, before = [], ""  # before: what the previous argument was
     for argument in argv:
         if before == "flag":
             before = "run"
-        elif before == "run" and RunFolder(argument).config_file.is_file():
+        elif before == "run" and os.path.isdir(argument):
             expanded.append("--run-dir")
         else:
             before = "flag" if argument == "--run-dir" else ""
@@ -412,6 +415,7 @@ def word_attention(translator: Translator, sentence: str, ids: list[int]) -> tup
     Index 0 of the weights is the shift of `Aligner`; the columns include [SOS] and [EOS].
     """
     src_ids, config = translator.encode(sentence), translator.config
+    ids = ids[: config.seq_len - 1]  # [SOS] comes before them, and the decoder reads seq_len positions at most
     whole_words = config.tokenizer == "word"
     source = [translator.tokenizer_src.id_to_token(i) for i in src_ids]
     target = [translator.tokenizer_tgt.id_to_token(i) for i in ids]

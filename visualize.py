@@ -19,6 +19,7 @@ from corpora.files import read_text_file
 from interpret.measures import check_heads, weights_of_query
 from interpret.text import candidates_text, heat_map_text, row_bars_text, top_keys_text
 from interpret.trace import AttentionTrace, merge_bytes, merge_words, record_trace
+from runs.files import check_outputs
 from translate import Translator
 
 
@@ -69,6 +70,7 @@ def main(
             raise InputError(f"{path} is a folder; give the name of a file")
         if path and not Path(path).parent.is_dir():
             raise InputError(f"no folder {Path(path).parent} to write {path} to; create it first")
+    check_outputs([html, png, save, architecture], [file, trace_file])
     if html or png or architecture or preset:  # these modules need the packages of requirements-charts.txt
         from interpret.architecture import preset_architecture, run_architecture
         from interpret.charts import SUFFIXES, picture, save_picture

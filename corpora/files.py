@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DATA_VERSION = 1  # increment when reading or encoding changes: the cache of `datasets` does not detect code changes
 PARQUET_ROWS = 1_000  # rows read at a time
 XML_BYTES = 1 << 16  # bytes of a .tmx file parsed at a time
+MAX_TAG_BYTES = 1 << 20  # longest tag of a .tmx file: the time that the parser takes grows with the square of it
 TMX_CODE = ("bpt", "ept", "it", "ph", "ut")  # inline elements that hold formatting codes, not text
 
 
@@ -154,7 +155,7 @@ def read_table(path: str, languages: tuple[str, str]) -> Iterator[dict]:
     try:
         yield from read_cells(rows, path, languages, hint)
     except csv.Error as error:
-        raise InputError(f"{path} cannot be read ({error}); close the quote that opens a cell") from None
+        raise InputError(f"{path} cannot be read ({error}); close the quote that opens a cell, or shorten it") from None
 
 
 def read_cells(rows: Iterable[list[str]], path: str, languages: tuple[str, str], hint: str = "") -> Iterator[dict]:
@@ -199,13 +200,21 @@ def read_xlsx(path: str, languages: tuple[str, str]) -> Iterator[dict]:
             f"reading {path} needs the package openpyxl; run pip install openpyxl, or save the file as .csv"
         ) from None
     try:
-        rows = load_workbook(path, read_only=True, data_only=True).worksheets[0].iter_rows(values_only=True)
-        texts = (["" if cell is None else str(cell) for cell in row] for row in rows)
-        yield from read_cells(texts, path, languages)
+        sheet = load_workbook(path, read_only=True, data_only=True).worksheets[0]
+        sheet.reset_dimensions()  # the size that the file declares may be too small, and the other cells would be lost
+        yield from read_cells(texts_of(sheet.iter_rows(values_only=True)), path, languages)
     except InputError:
         raise
     except Exception as error:  # openpyxl raises errors of many classes for damaged files
         raise InputError(f"{path} is not an Excel workbook ({error}); save it again, or as .csv") from None
+
+
+def texts_of(rows: Iterable[tuple]) -> Iterator[list[str]]:
+    """The cells of a sheet as text. Rows end at their last cell, so they are extended to the widest row before them."""
+    width = 0
+    for row in rows:
+        width = max(width, len(row))
+        yield ["" if cell is None else str(cell) for cell in row] + [""] * (width - len(row))
 
 
 class TmxReader:
@@ -221,10 +230,15 @@ class TmxReader:
         parser = expat.ParserCreate()
         parser.StartElementHandler, parser.EndElementHandler = self.start, self.end
         parser.CharacterDataHandler, parser.EntityDeclHandler = self.characters, self.reject_entity
+        parser.SkippedEntityHandler = self.reject_skipped
+        total = 0
         try:
             with opened(self.path) as file:
                 while chunk := file.read(XML_BYTES):
                     parser.Parse(chunk)
+                    total += len(chunk)
+                    if total - parser.CurrentByteIndex > MAX_TAG_BYTES:
+                        raise InputError(f"{self.path} has a tag of more than {MAX_TAG_BYTES:,} bytes; export it again")
                     yield from self.units[:-1]  # the last one may be incomplete
                     del self.units[:-1]
                 parser.Parse(b"", True)
@@ -253,6 +267,9 @@ class TmxReader:
 
     def reject_entity(self, *_) -> None:  # its expansion could have any size
         raise InputError(f"{self.path} declares XML entities, which are not read; remove them from its DOCTYPE")
+
+    def reject_skipped(self, name: str, *_) -> None:
+        raise InputError(f"{self.path} has the XML entity &{name}; without a meaning; replace it by its text")
 
 
 def read_tmx(path: str, languages: tuple[str, str]) -> Iterator[dict]:

@@ -97,6 +97,8 @@ def open_stream(config: Config) -> LocalShards | HubShards:
     for path in paths:
         if format_of(path) not in FORMATS:
             raise InputError(f"{path} has another format; give shards of {', '.join(FORMATS)}")
+        if not os.path.isfile(path):
+            raise InputError(f"{path} is not a file; remove it, or give another pattern")
     return LocalShards(list(paths), (config.lang_src, config.lang_tgt))
 
 

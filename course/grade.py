@@ -58,7 +58,7 @@ def grade_file(path: Path) -> list[str]:
             messages.append("")
         except CheckFailed as error:
             messages.append(str(error))
-        except Exception as error:  # a result that the check did not expect
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # a result that the check did not expect
             messages.append(f"Step {step.number}: the check stopped with {type(error).__name__}: {error}")
     return messages
 
@@ -72,7 +72,16 @@ def grade_in_process(path: Path) -> list[str]:
         return [f"not finished after {SECONDS} seconds: is there an endless loop?"]
     if done.returncode:
         return [f"cannot be read: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"]
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        messages = json.loads(done.stdout.splitlines()[-1])
+    except (LookupError, ValueError):
+        return ["cannot be graded: a function ended the process"]
+    return [printable(message) for message in messages]
+
+
+def printable(text: object) -> str:
+    """The text without control characters, which could change what the terminal shows."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
 
 
 def table(paths: list[Path]) -> str:
@@ -84,7 +93,7 @@ def table(paths: list[Path]) -> str:
         messages = grade_in_process(path)
         passed = [not message for message in messages] if len(messages) == len(STEPS) else [False] * len(STEPS)
         marks = " ".join(" +" if ok else " -" for ok in passed)
-        lines.append(f"{path.name:{width}}  {sum(passed):2} of {len(STEPS)} {marks}")
+        lines.append(f"{printable(path.name):{width}}  {sum(passed):2} of {len(STEPS)} {marks}")
         lines += [f"    {message}" for message in messages if message and "not written yet" not in message]
     return "\n".join(lines)
 

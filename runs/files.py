@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,24 @@ def write_atomically(path: Path, text: str) -> None:
             temporary.write_text(text, encoding="utf8", newline="\n")
     except OSError as error:
         raise InputError(f"cannot write {path} ({explanation(error)})") from None
+
+
+RUN_FILES = r"config\.json|run_id|scores\.jsonl|tokenizer_.*\.json|tmodel_.*\.pt|model\.safetensors.*"
+
+
+def check_outputs(outputs: Iterable[str], inputs: Iterable[str] = ()) -> None:
+    """Raises InputError if a file that a command would write is one of its inputs or other outputs, or a run's.
+
+    Empty names are ignored.
+    """
+    taken = {os.path.realpath(name) for name in inputs if name}
+    for name in filter(None, outputs):
+        path = Path(os.path.realpath(name))
+        if str(path) in taken:
+            raise InputError(f"{name} is named twice, and would be overwritten; give another file to write to")
+        if path.is_file() and re.fullmatch(RUN_FILES, path.name):
+            raise InputError(f"{name} is a file of a run, and would be overwritten; give another file to write to")
+        taken.add(str(path))
 
 
 @contextlib.contextmanager

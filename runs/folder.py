@@ -183,10 +183,17 @@ class RunFolder:
         """The identity of the run, or "" if it has none yet."""
         return read_run_file(self.run_id_file).strip() if os.path.lexists(self.run_id_file) else ""
 
-    def save_run_id(self) -> None:
-        """Gives the run an identity if it has none."""
+    def save_run_id(self, known: str = "") -> None:
+        """Gives the run an identity if it has none: the one that is known from its checkpoint, or a new one."""
         if not self.run_id:
-            write_atomically(self.run_id_file, uuid4().hex + "\n")
+            write_atomically(self.run_id_file, (known or uuid4().hex) + "\n")
+
+    def check_identity(self, run_id: str) -> None:
+        """Raises InputError or ValueError if what belongs to the run `run_id` does not belong to this one."""
+        if not self.run_id and run_id:
+            raise InputError(f"{self.run_id_file} is missing; restore it: a text file with {run_id}")
+        if run_id != self.run_id:
+            raise ValueError("it belongs to another run than run_id beside it")
 
     def save_config(self, config: Config) -> None:
         kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in INVOCATION_FIELDS}
@@ -220,8 +227,7 @@ class RunFolder:
         try:
             rows = [parse_object(line) for line in read_run_file(path).splitlines()]
             for row in rows:
-                if self.run_id and row.pop("run_id", self.run_id) != self.run_id:
-                    raise ValueError("it belongs to another run than run_id beside it")
+                self.check_identity(row.pop("run_id", self.run_id))
                 check_score(row)
             return rows
         except ValueError as error:
@@ -316,15 +322,16 @@ class RunFolder:
             try:
                 state = self.load(path)
                 require_parts(state, path, "model", "ema_model")
-            except FileNotFoundError:  # removed by a training process in the meantime
-                continue
-            except DamagedCheckpoint as error:
-                warn_skipped(path, error)
+            except (FileNotFoundError, DamagedCheckpoint) as error:
+                if path.exists():
+                    warn_skipped(path, error)
                 continue
             update_mean(mean, weights_for_inference(state), len(loaded) + 1)
             loaded.append((path, state if not loaded else {}))
             if len(loaded) == average:
                 return loaded[0][0], mean, loaded[0][1]
+        if not all(path.exists() for path in files):  # a training process has removed some in the meantime
+            return self.load_weights(weights, average, best_by)
         if not files and average == 1:
             raise InputError(f"the run {self} has no checkpoint yet; train it with python train.py --run-dir {self}")
         raise InputError(
@@ -378,8 +385,10 @@ class RunFolder:
         """
         if not self.checksum_file.is_file():
             return
-        for line in read_run_file(self.checksum_file).splitlines():
-            digest, _, name = line.partition("  ")
+        lines = [line.partition("  ") for line in read_run_file(self.checksum_file).splitlines()]
+        if WEIGHTS_FILE not in [name for *_, name in lines]:
+            raise InputError(f"{self.checksum_file} has no checksum of {WEIGHTS_FILE}; copy the folder again")
+        for digest, _, name in lines:
             file = self.path / Path(name).name
             if not file.is_file() or sha256(file) != digest:
                 raise InputError(f"{file} does not match {self.checksum_file.name}; copy the folder again")

@@ -62,9 +62,15 @@ def is_same_run(mirror: RunFolder, run: RunFolder) -> bool:
     if not own:
         return True
     if mirror.run_id and run.run_id:
-        return mirror.run_id == run.run_id
+        return mirror.run_id == run.run_id and not have_diverged(mirror, run)
     # Runs of earlier versions have no identity: one checkpoint must be the same.
     return any(stored_digest(copies[name]) == stored_digest(own[name]) for name in copies.keys() & own.keys())
+
+
+def have_diverged(mirror: RunFolder, run: RunFolder) -> bool:
+    """Whether the mirror is of a copy of the run's folder, trained in another way: the scores of a step then differ."""
+    scores = {row["step"]: row for row in mirror.read_scores()}
+    return any(scores.get(row["step"], row) != row for row in run.read_scores())
 
 
 def restore(mirror: RunFolder, run: RunFolder) -> bool:

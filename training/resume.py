@@ -92,6 +92,7 @@ def check_same_data(
 ) -> None:
     """Raises InputError if the corpus or the tokenizers differ from those of the checkpoint."""
     path, state = resume_point.path, resume_point.state
+    check_tokenizers(folder, config, state, path)  # first, because other tokenizers change the fingerprints below
     # Earlier versions saved the first part of the fingerprint only, or none of the validation set.
     if not train.fingerprint.startswith(state["corpus"] or "?"):
         raise InputError(
@@ -101,9 +102,8 @@ def check_same_data(
     if state.get("validation", validation.fingerprint) != validation.fingerprint:
         raise InputError(
             f"the validation set has changed since {path} was saved ({size_of(state['validation'])} "
-            f"then, {size_of(validation.fingerprint)} now); restore it, or train in another --run-dir"
+            f"then, {len(validation)} now); restore it, or train in another --run-dir"
         )
-    check_tokenizers(folder, config, state, path)
 
 
 def size_of(fingerprint: str) -> str:

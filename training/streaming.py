@@ -244,6 +244,7 @@ class StreamedPairs:
             for process in state["processes"]
         ]
         everyone = [cursor for own in cursors for cursor in own]
+        check_position(state, everyone, len(self.shards.names))
         work = Work([tuple(shard) for shard in state["shards"]], len(everyone))
         if [len(own) for own in cursors] == [self.workers] * distributed.world_size():
             self.epoch, self.work, rank = state["epoch"], work, distributed.rank()
@@ -312,6 +313,20 @@ class StreamedPairs:
             f"pairs read in this epoch: {counts.read:,}; skipped: {counts.blank:,} with a blank side, "
             f"{counts.long:,} with more than {self.config.seq_len} tokens (--seq-len){removed}"
         )
+
+
+def check_position(state: dict, cursors: list[Cursor], shards: int) -> None:
+    """Raises ValueError for a position that no run can have saved."""
+    left = [number for shard in state["shards"] for number in shard]
+    numbers = [number for cursor in cursors for number in (*cursor[:3], *cursor.counts)]
+    if any(type(number) is not int or number < 0 for number in (state["epoch"], *left, *numbers)):
+        raise ValueError("its position in the stream is not made of numbers from 0 on")
+    if not cursors or any(shard >= shards for shard, _ in state["shards"]):
+        raise ValueError("its position in the stream is in other shards")
+    if any(cursor.index > len(state["shards"]) for cursor in cursors):
+        raise ValueError("its position in the stream is beyond the last shard")
+    if any(p["turn"] not in range(len(p["cursors"])) for p in state["processes"]):
+        raise ValueError("its position in the stream is that of a missing worker")
 
 
 def as_it_is(item: Item) -> Item:
