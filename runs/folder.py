@@ -323,14 +323,14 @@ class RunFolder:
                 state = self.load(path)
                 require_parts(state, path, "model", "ema_model")
             except (FileNotFoundError, DamagedCheckpoint) as error:
-                if path.exists():
+                if os.path.lexists(path):
                     warn_skipped(path, error)
                 continue
             update_mean(mean, weights_for_inference(state), len(loaded) + 1)
             loaded.append((path, state if not loaded else {}))
             if len(loaded) == average:
                 return loaded[0][0], mean, loaded[0][1]
-        if not all(path.exists() for path in files):  # a training process has removed some in the meantime
+        if not all(map(os.path.lexists, files)):  # a training process has removed some in the meantime
             return self.load_weights(weights, average, best_by)
         if not files and average == 1:
             raise InputError(f"the run {self} has no checkpoint yet; train it with python train.py --run-dir {self}")
@@ -501,7 +501,7 @@ def update_mean(mean: dict[str, Tensor], new: dict[str, Tensor], count: int) -> 
     mean |= {name: mean[name] + (weight - mean[name]) / count if count > 1 else weight for name, weight in new.items()}
 
 
-def warn_skipped(path: Path, error: DamagedCheckpoint) -> None:
+def warn_skipped(path: Path, error: DamagedCheckpoint | FileNotFoundError) -> None:
     print(f"warning: {path} is skipped: {error}", file=sys.stderr)
 
 
