@@ -31,7 +31,7 @@ class StopSignal:
             self.process = os.getpid()
             names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
             numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-            handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+            handled = [number for number in numbers if not is_under_nohup(number)]
             self.previous = {number: signal.signal(number, self.handle) for number in handled}
         return self
 
@@ -55,6 +55,10 @@ class StopSignal:
         """Whether any process has received a signal. All must call it, so that all stop after the same step."""
         self.number = distributed.max_over_processes(self.own)
         return self.number > 0
+
+
+def is_under_nohup(number: int) -> bool:
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 
 
 def discard_output_to_terminal() -> None:
