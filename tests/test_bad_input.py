@@ -26,7 +26,7 @@ import visualize
 from config import parse, run_command
 from corpora.toy import toy_pairs
 from runs import checkpoint
-from training import losses
+from training import batches, losses
 from training.log import TrainingLog
 
 SCRIPTS = {
@@ -393,7 +393,7 @@ def raising(error: Exception) -> Callable:
 # Failures of the environment, by name of the case: object, attribute, replacement.
 ENVIRONMENT = {
     "data loader worker killed": (
-        train,
+        batches,
         "islice",
         raising(RuntimeError("DataLoader worker (pid 7) is killed by signal")),
     ),
