@@ -156,7 +156,7 @@ def main(argv: list[str]) -> None:
         return
     if distributed.world_size() == 1:
         raise InputError("--measure needs several processes: torchrun --nproc-per-node 2 benchmarks/several_gpus.py …")
-    with distributed.process_group():
+    with distributed.process_group(config.ddp_timeout):
         table = comparison(config)
     if distributed.is_first():
         print(table)
