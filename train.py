@@ -44,6 +44,7 @@ from corpora.streams import load_sample, open_stream
 from dataset import Batches, BilingualDataset, encode_splits, make_loader, save_tokenizers
 from evaluate import format_scores, score
 from runs import mirror
+from runs.checkpoint import weights_crc32
 from runs.folder import RunFolder, merits
 from training.batches import StepBatches, optimizer_steps
 from training.estimate import check_shared_memory, estimated_memory, estimated_seconds
@@ -309,8 +310,9 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     print(f"model        {parameters:,} parameters, vocabulary of {sizes[0]:,} source and {sizes[1]:,} target tokens")
     preset = PRESETS[config.preset]
     if config.validation_source == preset.get("validation_source") and config.datasource != preset["datasource"]:
-        warn(f"validation pairs are those of the preset, {config.validation_source}; give --validation-source FILE,")
-        warn(f"or --validation-source '' to hold out a part of {config.datasource}")
+        warn(f"validation pairs are those of the preset, {config.validation_source}; give --validation-source FILE")
+        if not config.stream:  # which cannot hold out a part
+            warn(f"or --validation-source '' to hold out a part of {config.datasource}")
 
 
 def describe_plan(config: Config, total_steps: int, prepared: Prepared, model: nn.Module, precision: str) -> None:
@@ -409,7 +411,8 @@ def validate(
     with state.gathering():
         if distributed.is_first() and state.progress.step not in [row["step"] for row in folder.read_scores()]:
             scores = run_validation(translator, validation, config, precision, log, state.progress.step)
-            folder.write_scores([*folder.read_scores(), {**asdict(state.progress), **scores}])
+            crc = weights_crc32(state.evaluated_model.state_dict())
+            folder.write_scores([*folder.read_scores(), {**asdict(state.progress), "weights_crc32": crc, **scores}])
     if distributed.is_first():
         folder.prune(config.keep_checkpoints, config.best_by)
         update_mirror(config, folder, log)

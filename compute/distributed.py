@@ -31,11 +31,19 @@ Number = TypeVar("Number", int, float)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return from_environment("WORLD_SIZE", default=1)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return from_environment("RANK", default=0)
+
+
+def from_environment(name: str, default: int) -> int:
+    """A number that torchrun sets. Raises InputError if it is none."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise InputError(f"the environment has {name}={value}; start with torchrun, which sets it, or unset it")
+    return int(value)
 
 
 def is_first() -> bool:
@@ -86,6 +94,7 @@ def process_group(seconds: float) -> Iterator[None]:
 def joined(timeout: timedelta) -> Iterator[None]:
     """Context in which this process is connected to the others. In a training step, they wait up to 2 x `timeout`."""
     global attempt, patient_group
+    check_environment()
     # Functions of this module have the process group of its first import as a default value. DistributedDataParallel
     # imports it; the group would then outlive `destroy_process_group`, and gloo's threads, if they are still busy when
     # Python ends, abort the process.
@@ -109,6 +118,15 @@ def joined(timeout: timedelta) -> Iterator[None]:
         heartbeat.stop()
         patient_group = None
         dist.destroy_process_group()
+
+
+def check_environment() -> None:
+    """Raises InputError if the environment lacks what torchrun sets, or has impossible values."""
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise InputError(f"the environment has WORLD_SIZE but no {', '.join(missing)}; start with torchrun")
+    if rank() >= world_size() or not 0 < from_environment("MASTER_PORT", default=0) < 2**16:
+        found = " ".join(f"{name}={os.environ[name]}" for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"))
+        raise InputError(f"the environment has {found}, which is impossible; start with torchrun")
 
 
 def agree_on_attempt(store: dist.Store, timeout: timedelta) -> str:

@@ -26,6 +26,7 @@ import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,14 @@ def upgraded(state: dict) -> dict:
 def weights_for_inference(state: dict) -> dict[str, torch.Tensor]:
     """The weights that are evaluated and used for translation: the EMA if there is one."""
     return state["ema_model"] or state["model"]
+
+
+def weights_crc32(weights: dict[str, Tensor]) -> int:
+    """CRC-32 of all weights, which tells a checkpoint from others of the same step."""
+    crc = 0
+    for _, tensor in sorted(weights.items()):
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def without_optimizer(state: dict) -> dict:

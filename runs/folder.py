@@ -34,7 +34,14 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from config import INVOCATION_FIELDS, Config, InputError, reject_unknown, split_source
-from runs.checkpoint import DamagedCheckpoint, load_checkpoint, require_parts, save_checkpoint, weights_for_inference
+from runs.checkpoint import (
+    DamagedCheckpoint,
+    load_checkpoint,
+    require_parts,
+    save_checkpoint,
+    weights_crc32,
+    weights_for_inference,
+)
 from runs.files import parse_object, read_run_file, sha256, write_atomically
 
 WEIGHTS_FOLDER = Path("weights")
@@ -217,7 +224,7 @@ class RunFolder:
             raise InputError(f"{path}: {error}; restore the file, or train in another --run-dir") from None
 
     def read_scores(self) -> list[dict]:
-        """One dict per validation, oldest first: epoch, batch, step, loss, and bleu, chrf, … where measured.
+        """One dict per validation, oldest first: epoch, batch, step, CRC-32 of the weights, loss, bleu, chrf, …
 
         Raises InputError if the file is damaged.
         """
@@ -291,6 +298,17 @@ class RunFolder:
             raise DamagedCheckpoint("it belongs to another run than run_id beside it")
         return state
 
+    def check_score_of(self, path: Path, state: dict) -> None:
+        """Raises InputError if the score of this step was measured with other weights, in another copy of the run."""
+        step = state.get("progress", {}).get("step")
+        scored = next((row for row in self.read_scores() if row["step"] == step), {})
+        measured = scored.get("weights_crc32")  # earlier versions did not save it
+        if measured is not None and measured != weights_crc32(weights_for_inference(state)):
+            raise InputError(
+                f"{path} and the score of step {step} in {self.scores_file.name} are from different copies of this "
+                "run; restore one of them, or remove that line"
+            )
+
     def load_newest(self) -> tuple[Path, dict] | None:
         """Path and state of the newest checkpoint that training can resume from; None if there is no checkpoint.
 
@@ -322,6 +340,7 @@ class RunFolder:
             try:
                 state = self.load(path)
                 require_parts(state, path, "model", "ema_model")
+                self.check_score_of(path, state)
             except (FileNotFoundError, DamagedCheckpoint) as error:
                 if os.path.lexists(path):
                     warn_skipped(path, error)

@@ -85,6 +85,19 @@ def test_a_run_that_is_behind_its_mirror_continues_from_it(folder, run):  # noqa
 # ---------------------------------------------------------------------------- silently wrong results
 
 
+@pytest.mark.parametrize("mixed", ["scores.jsonl", "tmodel_02.pt"])
+def test_files_of_two_copies_of_a_run_are_not_mixed(folder, run, mixed):  # noqa: F811
+    shutil.copytree("run", "other")
+    assert run(RESUME)[0] == 0
+    assert run("train --run-dir other --num-epochs 3 --lr 1e-4 --device cpu")[0] == 0
+    assert run("translate --run-dir run --weights 2 --device cpu eat")[0] == 0
+    shutil.copy(f"other/{mixed}", "run")
+    before = contents(folder)
+    for command in ("translate --run-dir run --weights 2 --device cpu eat", f"{RESUME} --preload 2"):
+        assert "different copies of this run" in one_error(*run(command))
+    assert contents(folder) == before
+
+
 def workbook(path: Path, rows: list[list[str]], dimension: str) -> None:
     """Writes a workbook that declares this size."""
     openpyxl = pytest.importorskip("openpyxl")

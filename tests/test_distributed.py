@@ -153,6 +153,27 @@ def test_a_single_process_never_calls_torch_distributed(tiny_config, monkeypatch
     train_model(replace(tiny_config, save_every_steps=2, num_epochs=1))
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+        ({"WORLD_SIZE": "2"}, "no RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "no MASTER_ADDR"),
+        ({"WORLD_SIZE": "0", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}, "WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}, "RANK=2"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "MASTER_PORT=http"),
+    ],
+)
+def test_an_impossible_environment_is_refused(monkeypatch, given, named):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=named), distributed.process_group(10):
+        pass
+
+
 def test_gradients_are_averaged_on_the_own_gpu_and_without_the_positional_encodings(monkeypatch):
     order, module = [], torch.nn.Linear(2, 2)
     monkeypatch.setenv("WORLD_SIZE", "2")

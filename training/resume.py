@@ -41,6 +41,7 @@ def find_resume_point(folder: RunFolder, config: Config) -> ResumePoint:
         return ResumePoint(None, None, scores, load_initial_run(config))
     path, state = found
     require_parts(state, path, *RESUMED_PARTS)
+    folder.check_score_of(path, state)
     check_same_settings(config, state["config"], path)
     later = files[files.index(path) + 1 :] if config.preload != "latest" else []
     return ResumePoint(path, state, later)
