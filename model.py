@@ -65,8 +65,8 @@ class PositionalEncoding(nn.Module):
 class SelfAttentionCache:
     """Keys and values of the target positions decoded so far, for one attention block.
 
-    Each step appends to a buffer of `capacity` positions. Positions are the first dimension, so that the filled part
-    is contiguous, which makes reordering hypotheses four times as fast.
+    Each step appends to a buffer of `capacity` entries: one per sentence, or in beam search one per hypothesis. They
+    are the first dimension, so that the filled part is contiguous, which makes copying it four times as fast.
     """
 
     def __init__(self, capacity: int):
@@ -160,7 +160,8 @@ class MultiHeadAttentionBlock(nn.Module):
 
         `is_causal` stands for a causal mask, with Q = K; kernels that need no mask are the fastest on a GPU.
 
-        In beam search, q is (B W, 1, D): the W hypotheses of a sentence become W queries on its keys.
+        In beam search without a cache, q is (B W, T, D): the tokens of the W hypotheses become queries on the keys of
+        their sentence.
         """
         query = self.split_heads(self.w_q(q.view(len(k), -1, q.size(-1))))  # (B, Q, D) -> (B, H, Q, d_k)
 
@@ -379,16 +380,21 @@ class Transformer(nn.Module):
         tgt: Tensor,
         tgt_mask: Tensor | None,
         caches: list[LayerCache] | None = None,
+        position: int | None = None,
     ) -> Tensor:
         """The decoder output (B, T, D) for target ids (B, T) and a mask that broadcasts to (B, 1, T, T); None: causal.
 
         A causal mask is enough if padding is on the right: no token before it can attend to it.
 
         With `caches` (from `new_caches`), `tgt` holds only the new tokens; a single token needs no mask. In beam search
-        it holds the last token of every hypothesis, (B W, 1), with the W hypotheses of a sentence in adjacent rows.
+        it holds the last tokens of W hypotheses, (B, W), all at the same `position`. They share the cached keys of
+        their sentence; the mask (B, 1, W, K) says which of these belong to each.
         """
-        start = caches[0].self_attention.length if caches else 0
-        x = self.tgt_pos(self.tgt_embed(tgt), start)
+        x = self.tgt_embed(tgt)  # (B, T) -> (B, T, D)
+        if position is None:
+            x = self.tgt_pos(x, start=caches[0].self_attention.length if caches else 0)
+        else:
+            x = self.tgt_pos(x.flatten(0, 1).unsqueeze(1), position).view_as(x)  # (B W, 1, D) and back
         return self.decoder(x, encoder_output, src_mask, tgt_mask, caches)
 
     def project(self, x: Tensor) -> Tensor:
@@ -409,7 +415,7 @@ class Transformer(nn.Module):
         return self.project(self.hidden(encoder_input, decoder_input, encoder_mask, decoder_mask))
 
     def new_caches(self, capacity: int) -> list[LayerCache]:
-        """An empty cache for each decoder block, for up to `capacity` target tokens."""
+        """An empty cache for each decoder block, for up to `capacity` target tokens, of all hypotheses together."""
         return [LayerCache(SelfAttentionCache(capacity), CrossAttentionCache()) for _ in self.decoder.layers]
 
     def attention_blocks(self) -> dict[str, list[MultiHeadAttentionBlock]]:

@@ -36,7 +36,7 @@ from corpora.alignment import lexical_consistency, merge_weights, pharaoh, stron
 from corpora.files import read_lines
 from corpora.sources import load_split
 from dataset import EOS, PAD, SOS, UNK, load_tokenizer, max_characters, padding_mask, word_indices
-from model import Transformer, causal_mask, get_model
+from model import LayerCache, Transformer, causal_mask, get_model
 from runs.checkpoint import not_finite, require_parts
 from runs.folder import RunFolder
 from search import EnsembleDecoder, Hypothesis, StepDecoder, beam_search, greedy_decode
@@ -47,23 +47,38 @@ MAX_LENGTH_PENALTY = 10  # higher powers of the length overflow in fp32
 
 
 class CachedDecoder:
-    """A StepDecoder with caches. The encoder runs once; each step computes one target position."""
+    """A StepDecoder with caches. The encoder runs once; each step computes one target position.
+
+    The W hypotheses of a sentence share its cached keys and values, which are never reordered: a mask says which of the
+    K = W x position entries are the tokens of each hypothesis.
+    """
 
     def __init__(self, model: Transformer, source: Tensor, max_length: int):
-        self.model = model
+        self.model, self.max_length, self.position = model, max_length, 0
         self.src_mask = padding_mask(source)  # (B, 1, 1, S)
         self.encoder_output = model.encode(source, self.src_mask)  # (B, S, D)
-        self.caches = model.new_caches(max_length)
+        self.caches: list[LayerCache] = []  # created in the first step, when W is known
+        self.mask: Tensor | None = None  # (B, W, K); None if W is 1
 
     def step(self, ids: Tensor) -> Tensor:
-        x = self.model.decode(self.encoder_output, self.src_mask, ids.unsqueeze(1), None, self.caches)
-        return self.model.project(x).squeeze(1)  # (B W, 1, D) -> (B W, V)
+        ids = ids.view(len(self.src_mask), -1)  # (B W,) -> (B, W)
+        B, W = ids.shape
+        if not self.caches:
+            self.caches = self.model.new_caches(self.max_length * W)
+        if W > 1:
+            own = torch.eye(W, dtype=torch.bool, device=ids.device).expand(B, W, W)
+            self.mask = own if self.mask is None else torch.cat([self.mask, own], 2)
+        mask = None if self.mask is None else self.mask.unsqueeze(1)  # (B, W, K) -> (B, 1, W, K)
+        x = self.model.decode(self.encoder_output, self.src_mask, ids, mask, self.caches, self.position)
+        self.position += 1
+        return self.model.project(x).flatten(0, 1)  # (B, W, D) -> (B W, V)
 
     def select(self, rows: Tensor, sentences: Tensor | None = None) -> None:
-        for cache in self.caches:
-            cache.self_attention.select(rows)
+        if self.mask is not None:
+            self.mask = self.mask.flatten(0, 1)[rows].unflatten(0, (-1, self.mask.size(1)))
         if sentences is not None:
             for cache in self.caches:
+                cache.self_attention.select(sentences)
                 cache.cross_attention.select(sentences)
             self.src_mask, self.encoder_output = self.src_mask[sentences], self.encoder_output[sentences]
 

@@ -86,7 +86,7 @@ def test_the_host_waits_only_when_it_logs_validates_or_saves(small_config, name,
     assert 2 <= sum(map(len, checks)) <= len(steps) // train.LOG_EVERY + 2  # every tenth step, and after each epoch
     assert [len(waits) for waits in losses] == [1, 1]
     others = {wait.split(": ")[0].split()[1] for wait in gpu.waits}
-    set_up, saved = {"create", "load_state_dict"}, {"save_checkpoint", "state_dict", "not_finite"}
+    set_up, saved = {"create", "load_state_dict"}, {"save_checkpoint", "state_dict", "not_finite", "weights_crc32"}
     searched = {"decoder_and_limits", "greedy_decode", "remaining_rows"}
     assert others <= set_up | saved | searched | {"check_finite", "validation_loss", "write"}
 
