@@ -8,8 +8,10 @@ random weights; each translation is as long as its reference, because [EOS] is i
 at that length.
 """
 
+import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from compute.device import choose_precision, keep_freed_memory
 from compute.ops import use_low_precision_products
-from config import Config
+from config import Config, InputError
 from dataset import EOS, PAD, SOS, SPECIAL_TOKENS, padding_mask
 from model import MultiHeadAttentionBlock, Transformer, build_transformer, causal_mask
 from search import beam_search, greedy_decode
@@ -140,28 +142,33 @@ class Tutorial:
     """
 
     name = "tutorial's implementation"
-    training_precision = "fp32"
 
-    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device):
+    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device, build=build_transformer):
         length = TUTORIAL_LENGTH
-        self.model = build_transformer(
+        self.model = build(
             vocab_size, vocab_size, length, length, size.d_model, size.layers, size.heads, DROPOUT, size.d_ff
         ).to(device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, eps=1e-9)
+        self.device = device
+        if build is build_transformer:
+            self.use_plain_operations()
+
+    def use_plain_operations(self) -> None:
         for block in (block for blocks in self.model.attention_blocks().values() for block in blocks):
             block.attend = explicit_attention.__get__(block)
         for module in list(self.model.modules()):
             for name, child in module.named_children():
                 if type(child).__name__ == "Dropout":
                     setattr(module, name, nn.Dropout(DROPOUT))
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, eps=1e-9)
-        self.device = device
 
     def step(self, batch: dict) -> Tensor:
         source, target, label = (
             F.pad(batch[name], (0, TUTORIAL_LENGTH - batch[name].size(1)), value=PAD).to(self.device) for name in INPUTS
         )
         mask = padding_mask(target) & causal_mask(TUTORIAL_LENGTH, self.device)
-        logits = self.model(source, target, padding_mask(source), mask)
+        source_mask = padding_mask(source)
+        encoder_output = self.model.encode(source, source_mask)
+        logits = self.model.project(self.model.decode(encoder_output, source_mask, target, mask))
         return update(self.optimizer, cross_entropy(logits, label))
 
     def prepare_for_decoding(self) -> str:
@@ -179,6 +186,26 @@ class Tutorial:
             x = self.model.decode(encoder_output, mask, target, causal_mask(target.size(1), source.device))
             _, best = torch.max(self.model.project(x[:, -1]), dim=1)
             target = torch.cat([target, torch.full((1, 1), best.item(), device=source.device)], dim=1)
+
+
+class TutorialRepository(Tutorial):
+    """The model of the tutorial's own repository, from a checkout, with the training step of its train.py."""
+
+    name = "tutorial's repository"
+
+    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device, path: str):
+        super().__init__(size, vocab_size, device, build_of_repository(path))
+
+
+def build_of_repository(path: str) -> Callable[..., nn.Module]:
+    """`build_transformer` of the model.py in this folder."""
+    file = Path(path) / "model.py"
+    if not file.is_file():
+        raise InputError(f"no {file}; give the folder of a checkout of the tutorial's repository")
+    spec = importlib.util.spec_from_file_location("tutorial_model", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build_transformer
 
 
 def explicit_attention(
@@ -206,15 +233,14 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
 
 
 class LibraryPeer:
-    """A model from a library, trained with fused AdamW and, on a GPU, with bf16 autocast."""
+    """A model from a library, trained with fused AdamW, in fp32 or with bf16 autocast."""
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self.model, self.device = model.to(device), device
+    def __init__(self, model: nn.Module, device: torch.device, precision: str):
+        self.model, self.device, self.precision = model.to(device), device, precision
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.training_precision = "bf16" if device.type == "cuda" else "fp32"
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.training_precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def step(self, batch: dict) -> Tensor:
         self.model.train()
@@ -233,8 +259,8 @@ class PyTorch(LibraryPeer):
 
     name = "torch.nn.Transformer"
 
-    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device):
-        super().__init__(PyTorchModel(size, vocab_size), device)
+    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device, precision: str = "fp32"):
+        super().__init__(PyTorchModel(size, vocab_size), device, precision)
 
     def logits(self, source: Tensor, target: Tensor) -> Tensor:
         return self.model(source, target)
@@ -283,7 +309,7 @@ class Marian(LibraryPeer):
 
     name = "Marian"
 
-    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device):
+    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device, precision: str = "fp32"):
         from transformers import MarianConfig, MarianMTModel
 
         config = MarianConfig(
@@ -308,7 +334,7 @@ class Marian(LibraryPeer):
             max_position_embeddings=512,
             attn_implementation="sdpa",
         )
-        super().__init__(MarianMTModel(config), device)
+        super().__init__(MarianMTModel(config), device, precision)
 
     def logits(self, source: Tensor, target: Tensor) -> Tensor:
         return self.model(input_ids=source, attention_mask=source != PAD, decoder_input_ids=target).logits
@@ -356,7 +382,7 @@ class JoeyNMT(LibraryPeer):
 
     name = "JoeyNMT"
 
-    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device):
+    def __init__(self, size: ModelSize, vocab_size: int, device: torch.device, precision: str = "fp32"):
         from joeynmt.model import build_model
         from joeynmt.vocabulary import Vocabulary
 
@@ -382,7 +408,7 @@ class JoeyNMT(LibraryPeer):
             vocabulary,
         )
         model.loss_function = ("crossentropy", SMOOTHING)
-        super().__init__(model, device)
+        super().__init__(model, device, precision)
 
     def make_batch(self, source: Tensor, target: Tensor | None):
         from joeynmt.batch import Batch

@@ -1,7 +1,9 @@
 """The benchmark scripts run with the installed peers, and all implementations do the same work."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import ROOT
 
 from config import InputError
 from dataset import EOS, PAD, SOS
-from model import CrossAttentionCache, SelfAttentionCache
+from model import CrossAttentionCache, SelfAttentionCache, Transformer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import busy
@@ -54,13 +56,35 @@ def test_every_implementation_learns_a_batch():
 def test_the_tables_list_every_implementation(monkeypatch, capsys):
     monkeypatch.setattr(training_speed, "peak_memory", lambda *_: 1e9)
     monkeypatch.setattr(sys, "argv", ["training_speed.py", *SMALL, "--batch-tokens", "64"])
-    training_speed.main()
+    training_speed.main(sys.argv[1:])
     monkeypatch.setattr(sys, "argv", ["decoding_speed.py", *SMALL, "--sentences", "6"])
     decoding_speed.main()
     printed = capsys.readouterr().out
-    for implementation in (peers.ThisProject, peers.Tutorial):
-        assert printed.count(f"| {implementation.name} |") == 2 + (implementation is peers.ThisProject)
-    assert f"| {peers.PyTorch.name} |" in printed
+    # two tables of training, in fp32 and bf16, and two of decoding, with beams of 1 and 5
+    for implementation, tables in ((peers.ThisProject, 4), (peers.PyTorch, 2), (peers.Tutorial, 2)):
+        assert printed.count(f"| {implementation.name} |") == tables
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_the_peak_memory_of_training_is_measured():
+    batches = training_batches("", 50, 1_000, 2)
+    assert training_speed.resident_memory_growth(peers.ThisProject, peers.SIZES["small"], 50, batches) > 1e7
+
+
+def test_the_model_of_a_checkout_of_the_tutorial_is_measured(tmp_path):
+    text = (ROOT / "model.py").read_text(encoding="utf8")  # it has the same classes
+    (tmp_path / "model.py").write_text(text, encoding="utf8")
+    factories = training_speed.implementations("fp32", str(tmp_path))
+    assert "tutorial's repository" in factories
+    assert "tutorial's repository" not in training_speed.implementations("bf16", str(tmp_path))
+    torch.manual_seed(0)
+    project = factories["tutorial's repository"](peers.ModelSize(d_model=32, layers=1, heads=2, d_ff=64), 40, CPU)
+    assert type(project.model) is not Transformer
+    batch = SyntheticPairs(2, vocab_size=40, mean_length=6)[[0, 1]]
+    losses = [project.step(batch).item() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    with pytest.raises(InputError, match=re.escape(f"no {Path('other/model.py')}")):
+        training_speed.implementations("fp32", "other")["tutorial's repository"](peers.SIZES["tiny"], 40, CPU)
 
 
 @pytest.mark.parametrize("beam_size", [1, 5])
