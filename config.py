@@ -89,6 +89,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA GPUs and CPUs with native bf16, except for small models on a CPU; fp16 on older GPUs with tensor cores, such as a T4; otherwise fp32
     init_from: str = ""                   # run whose weights and tokenizers a new run starts from (fine-tuning); its architecture is used; empty: random weights
     init_weights: str = "best"            # which weights of init_from: best, latest or an epoch number
+    distill_from: str = ""                # run whose translations of the training pairs replace their targets (sequence-level knowledge distillation; Kim and Rush, 2016); empty: off
     preload: str = "latest"               # checkpoint to resume from: latest, none (train from scratch) or an epoch number
     save_every_steps: int = 0             # optimizer steps between checkpoints within an epoch; 0: only at the end of each epoch
     keep_checkpoints: int = 3             # number of latest checkpoints kept besides the best one; 0: all
@@ -204,7 +205,7 @@ INVOCATION_FIELDS = ("run_dir", "mirror_dir", "preload", "device", "num_workers"
 FIXED_FIELDS = (
     "lang_src", "lang_tgt", "tokenizer", "vocab_size", "shared_vocab", "seq_len", "max_length_ratio", "drop_duplicates",
     "stream", "stream_buffer", "batch_tokens", "batch_size", "accumulation_steps", "seed", "ema_decay", "bpe_dropout", "d_model", "encoder_layers", "decoder_layers", "num_heads", "d_ff", "norm",
-    "share_embeddings", "init_from", "init_weights",
+    "share_embeddings", "init_from", "init_weights", "distill_from",
 )
 
 # Settings that a run that starts from another one (init_from) takes from it.
@@ -330,6 +331,7 @@ def check_values(config: Config) -> None:
         require(
             not config.drop_duplicates, "drop_duplicates", "with --stream remove duplicates from the shards beforehand"
         )
+        require(config.distill_from == "", "distill_from", "with --stream translate the shards beforehand")
     if config.bpe_dropout:
         require(
             config.tokenizer == "bpe",

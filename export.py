@@ -156,7 +156,7 @@ def to_safetensors(translator: Translator, output_dir: str | Path) -> None:
 
 def without_paths(config: Config) -> Config:
     """The config with the names of local files and folders in place of their paths, which are private."""
-    names = ("datasource", "validation_source", "test_source", "init_from")
+    names = ("datasource", "validation_source", "test_source", "init_from", "distill_from")
     values = {name: Path(getattr(config, name)) for name in names}
     local = {name: path.name for name, path in values.items() if path.is_absolute() or path.parent.is_dir()}
     return replace(config, **local)

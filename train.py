@@ -47,6 +47,7 @@ from runs import mirror
 from runs.checkpoint import weights_crc32
 from runs.folder import RunFolder, merits
 from training.batches import StepBatches, optimizer_steps
+from training.distillation import distilled
 from training.estimate import check_shared_memory, estimated_memory, estimated_seconds
 from training.initial import start_from
 from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars
@@ -204,7 +205,8 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
         resources.enter_context(locked_folder(config, folder))
     else:
         folder.wait_for_mark(distributed.attempt, distributed.rank())
-    with removing_on_error(missing):  # only under the lock: another process may have just created the folder
+    # Only under the lock: another process may have just created the folder.
+    with removing_on_error(missing, unless=folder.distilled_file):
         device = distributed.own_device(get_device(config.device))
         if is_first and config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
             print(f"restored from {config.mirror_dir}")
@@ -214,6 +216,8 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
         validation_pairs = load_split(config, "validation")
         if is_first:
             warn_shared_pairs(train_pairs, validation_pairs)
+        if config.distill_from:
+            train_pairs = distilled(train_pairs, config, folder)
         data = encode_splits(config, train_pairs, validation_pairs)
         if shards:
             data = (StreamedPairs(config, shards, len(train_pairs), data[0], *data[2:]), *data[1:])
@@ -229,16 +233,20 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
 
 
 @contextlib.contextmanager
-def removing_on_error(folders: list[Path]) -> Iterator[None]:
-    """If an error is raised, removes the first of these folders with its files, and the others if empty."""
+def removing_on_error(folders: list[Path], unless: Path) -> Iterator[None]:
+    """If an error is raised, removes the first of these folders with its files, and the others if empty.
+
+    The file `unless`, if it exists by then, is worth keeping, and its folder with it.
+    """
     try:
         yield
     except Exception:
-        with contextlib.suppress(OSError):
-            for folder in folders[:1]:
-                shutil.rmtree(folder, ignore_errors=True)
-            for parent in folders[1:]:
-                parent.rmdir()
+        if not unless.exists():
+            with contextlib.suppress(OSError):
+                for folder in folders[:1]:
+                    shutil.rmtree(folder, ignore_errors=True)
+                for parent in folders[1:]:
+                    parent.rmdir()
         raise
 
 

@@ -60,7 +60,7 @@ def write_atomically(path: Path, text: str) -> None:
         raise InputError(f"cannot write {path} ({explanation(error)})") from None
 
 
-RUN_FILES = r"config\.json|run_id|scores\.jsonl|tokenizer_.*\.json|tmodel_.*\.pt|model\.safetensors.*"
+RUN_FILES = r"config\.json|run_id|scores\.jsonl|distilled\.jsonl|tokenizer_.*\.json|tmodel_.*\.pt|model\.safetensors.*"
 
 
 def check_outputs(outputs: Iterable[str], inputs: Iterable[str] = ()) -> None:

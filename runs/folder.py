@@ -6,6 +6,7 @@ tmodel_07.pt                  checkpoint after epoch 7
 tmodel_07_step_00001200.pt    checkpoint within epoch 7
 tmodel_07_weights.pt          the weights of one, without the optimizer, restored from a mirror (runs/mirror.py)
 scores.jsonl                  one line per validation
+distilled.jsonl               the training pairs as translated by the run in --distill-from
 tensorboard/                  curves
 model.safetensors             the weights of an exported run, instead of checkpoints
 model.safetensors.sha256      checksums of the weights, the config and the tokenizers
@@ -139,6 +140,10 @@ class RunFolder:
     @property
     def trainer_file(self) -> Path:
         return self.path / ".trainer"
+
+    @property
+    def distilled_file(self) -> Path:
+        return self.path / "distilled.jsonl"
 
     @property
     def run_id_file(self) -> Path:

@@ -1,0 +1,125 @@
+"""Training on the translations of another run."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from config import Config, InputError
+from corpora.sources import load_split
+from runs.folder import RunFolder
+from train import train_model
+from training import distillation
+from translate import Translator
+
+PAIRS = 30
+
+
+@pytest.fixture
+def teacher(trained_run) -> str:
+    return str(trained_run)
+
+
+@pytest.fixture
+def student(teacher, tmp_path, monkeypatch) -> Config:
+    """The config of a student on a few pairs of the teacher's corpus."""
+    monkeypatch.setattr(distillation, "PAIRS_AT_A_TIME", 8)
+    config = RunFolder(teacher).load_config()
+    pairs = load_split(config, "train").select(range(PAIRS))
+    rows = ({config.lang_src: row["src"], config.lang_tgt: row["tgt"]} for row in pairs)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    return replace(
+        config,
+        datasource=str(tmp_path / "pairs.jsonl"),
+        run_dir=str(tmp_path / "student"),
+        distill_from=teacher,
+        num_epochs=1,
+        mirror_dir="",
+    )
+
+
+def file_of(config: Config) -> Path:
+    return RunFolder.of(config).distilled_file
+
+
+def lines(config: Config) -> list[dict]:
+    return [json.loads(line) for line in file_of(config).read_text(encoding="utf8").splitlines()]
+
+
+def test_the_student_learns_the_translations_of_the_teacher(teacher, student):
+    sources = load_split(student, "train")["src"]
+    expected = Translator.load(teacher, "cpu").translate(list(sources), 5, 0.6)
+    train_model(student)
+    found = lines(student)
+    assert [line["it"] for line in found] == expected
+    assert [line["en"] for line in found] == list(sources)
+    assert expected != list(load_split(student, "train")["tgt"])
+    train_model(replace(student, num_epochs=2, distill_from=teacher))  # resumes with the same corpus
+
+
+def test_translating_resumes_after_a_kill(student, monkeypatch):
+    train_model(student)
+    whole = file_of(student).read_bytes()
+    shutil.rmtree(student.run_dir)
+    Path(student.run_dir).mkdir()
+    file_of(student).write_bytes(whole[: whole.index(b"\n", 2_000) - 20])  # within a line
+    translated = []
+    translate = Translator.translate
+    monkeypatch.setattr(
+        Translator, "translate", lambda self, s, *a, **k: translated.extend(s) or translate(self, s, *a, **k)
+    )
+    monkeypatch.setattr("train.run_validation", lambda *_: {"loss": 1.0})
+    train_model(student)
+    assert file_of(student).read_bytes() == whole
+    assert 0 < len(translated) < PAIRS
+
+
+def test_translations_survive_an_error(student, monkeypatch):
+    def full(*_):
+        raise InputError("cannot write: no space left")
+
+    append = distillation.append
+    monkeypatch.setattr(distillation, "append", lambda path, text: full() if path.exists() else append(path, text))
+    with pytest.raises(InputError, match="no space left"):
+        train_model(student)
+    assert len(lines(student)) == 8
+
+
+def test_a_run_that_has_begun_needs_its_teacher_no_longer(student, teacher, tmp_path):
+    gone = shutil.copytree(teacher, tmp_path / "gone")
+    student = replace(student, distill_from=str(gone))
+    train_model(student)
+    shutil.rmtree(gone)
+    assert train_model(replace(student, num_epochs=2)).progress.epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lang_src": "it", "lang_tgt": "en"}, "translates en to it"),
+        ({"distill_from": "nowhere"}, "nowhere"),
+        ({"run_dir": None}, "is the run of the teacher"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(student, teacher, change, message):
+    change = {name: teacher if value is None else value for name, value in change.items()}
+    with pytest.raises(InputError, match=message):
+        train_model(replace(student, preload="none" if "run_dir" in change else "latest", **change))
+    assert not Path(student.run_dir).exists()
+
+
+def test_translations_of_other_pairs_or_of_another_teacher_are_not_used(student):
+    train_model(student)
+    path = file_of(student)
+    for checkpoint in RunFolder.of(student).checkpoints():
+        checkpoint.unlink()
+    RunFolder.of(student).scores_file.unlink()
+    good = path.read_text(encoding="utf8")
+    path.write_text(good.replace('"teacher": "', '"teacher": "0', 1).rsplit("\n", 3)[0] + "\n", encoding="utf8")
+    with pytest.raises(InputError, match="begun with another run"):
+        train_model(student)
+    path.write_text(good.replace('"en": "', '"en": "Other ', 1), encoding="utf8")
+    with pytest.raises(InputError, match="translations of other pairs"):
+        train_model(student)
