@@ -33,7 +33,7 @@ class LocalShards:
     """Files in one of FORMATS, with columns or fields named by the two languages."""
 
     def __init__(self, paths: list[str], languages: tuple[str, str]):
-        self.paths, self.languages = paths, languages
+        self.paths, self.languages, self.block = paths, languages, BLOCK
         self.names = [os.path.basename(path) for path in paths]
 
     def blocks(self, shard: int, first: int = 0) -> Iterator[Block]:
@@ -41,8 +41,8 @@ class LocalShards:
         path, number = self.paths[shard], 0
         rows = read_rows(((path,),), self.languages, DATA_VERSION)
         try:
-            number += sum(1 for _ in islice(rows, first * BLOCK))
-            while block := list(islice(rows, BLOCK)):
+            number += sum(1 for _ in islice(rows, first * self.block))
+            while block := list(islice(rows, self.block)):
                 yield {side: [row[side] for row in block] for side in ("src", "tgt")}
                 number += len(block)
         except (OSError, pa.ArrowException) as error:
@@ -56,15 +56,15 @@ class HubShards:
 
     def __init__(self, name: str, split: str, config: Config):
         self.dataset, _ = open_hub(name, split, config, streaming=True)
-        self.languages = (config.lang_src, config.lang_tgt)
+        self.languages, self.block = (config.lang_src, config.lang_tgt), BLOCK
         self.names = [f"{name}:{split} shard {shard}" for shard in range(self.dataset.num_shards)]
 
     def blocks(self, shard: int, first: int = 0) -> Iterator[Block]:
         """The blocks of a shard from number `first` on. Raises InputError for a row that lacks a language."""
-        rows = self.dataset.shard(len(self.names), shard).skip(first * BLOCK)
-        number = first * BLOCK
+        rows = self.dataset.shard(len(self.names), shard).skip(first * self.block)
+        number = first * self.block
         try:
-            for columns in rows.iter(BLOCK):
+            for columns in rows.iter(self.block):
                 block: Block = {"src": [], "tgt": []}
                 for values in zip(*columns.values(), strict=True):
                     number += 1

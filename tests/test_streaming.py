@@ -2,6 +2,11 @@
 
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_distributed import launch
-from test_train import final_state, is_identical
+from test_train import ROOT, checkpoints, final_state, flags_of, is_identical
 
 from config import Config, InputError
 from corpora import streams
@@ -21,7 +26,6 @@ from corpora.toy import toy_pairs
 from dataset import encode_splits
 from runs.folder import RunFolder
 from train import train_model
-from training import streaming
 from training.streaming import Counts, Cursor, StreamedPairs, Work
 
 PAIRS = 400
@@ -34,8 +38,7 @@ def write_jsonl(path: Path, rows: list) -> None:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    for module in (streams, streaming):
-        monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setattr(streams, "BLOCK", 8)
 
 
 @pytest.fixture
@@ -295,6 +298,23 @@ def test_a_run_does_not_resume_on_other_shards(config, folder):
     (folder / "part-2.jsonl").rename(folder / "part-x.jsonl")
     with pytest.raises(InputError, match=r"the corpus has changed since .*5 shards then, 5 shards now"):
         train_model(config)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+def test_workers_end_with_a_killed_training_and_leave_ctrl_c_to_it(config):
+    config = replace(config, num_workers=2, save_every_steps=1, max_steps=10_000, num_epochs=400, preload="latest")
+    command = [sys.executable, "train.py", *flags_of(config)]
+    for stop, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        streams = {"stderr": subprocess.STDOUT, "stdout": subprocess.PIPE, "encoding": "utf8"}
+        with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams) as process:
+            before = checkpoints(config)
+            while checkpoints(config) == before:
+                time.sleep(0.1)
+            os.kill(process.pid, stop) if stop == signal.SIGKILL else os.killpg(process.pid, stop)
+            output, _ = process.communicate(timeout=60)  # ends with the last process that holds the pipe
+        assert process.returncode == code, output
+        assert "Traceback" not in output
 
 
 @pytest.mark.slow

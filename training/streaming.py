@@ -10,6 +10,10 @@ leaves out the batches that have been trained on, so that the batches are those 
 
 import contextlib
 import math
+import multiprocessing
+import os
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,10 +30,15 @@ from compute import distributed
 from config import Config, InputError
 from corpora.cleaning import clean
 from corpora.files import DATA_VERSION
-from corpora.streams import BLOCK, Block, HubShards, LocalShards, names_hash
-from dataset import START_METHOD, Batches, BilingualDataset, count_blank, encode_pairs
+from corpora.streams import Block, HubShards, LocalShards, names_hash
+from dataset import Batches, BilingualDataset, count_blank, encode_pairs
 from training.log import print_line
 from training.signals import starting_workers
+
+# How workers are started. They use the threads of Arrow and of the tokenizers, which do not survive a fork of the
+# training process: forked workers waited forever or crashed in about 1 of 200 starts. A fork server has no threads.
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+PRELOADED = ["datasets", "pyarrow.parquet", "torch"]  # imported once by the fork server, not by each worker
 
 
 class Counts(NamedTuple):
@@ -132,6 +141,7 @@ class Reader(torch.utils.data.IterableDataset):
     work: Work
     cursors: list[Cursor]  # one per worker of this process
     turn: int  # the worker whose batch is the next
+    first_part: int  # of this process
 
     def __iter__(self) -> Iterator[Item]:
         info = torch.utils.data.get_worker_info()
@@ -144,7 +154,7 @@ class Reader(torch.utils.data.IterableDataset):
 
     def items(self, worker: int) -> Iterator[Item]:
         """The items of one part. The next buffer is read in a thread."""
-        part, taken = distributed.rank() * len(self.cursors) + worker, self.cursors[worker].batch
+        part, taken = self.first_part + worker, self.cursors[worker].batch
         buffers = self.buffers(part, self.cursors[worker])
         with ThreadPoolExecutor(1) as thread:
             upcoming = thread.submit(next, buffers, None)
@@ -161,7 +171,7 @@ class Reader(torch.utils.data.IterableDataset):
 
     def buffers(self, part: int, cursor: Cursor) -> Iterator[tuple[Config, Buffer, Cursor, Cursor]]:
         """The buffers of a part from the cursor on: config with a seed of its own, buffer, cursors before and after."""
-        blocks, size = self.blocks(part, cursor), max(1, self.config.stream_buffer // BLOCK)
+        blocks, size = self.blocks(part, cursor), max(1, self.config.stream_buffer // self.shards.block)
         while read := list(islice(blocks, size)):
             places, texts = zip(*read, strict=True)
             seeds = np.random.SeedSequence((self.config.seed, self.epoch, part, cursor.index, cursor.block))
@@ -274,8 +284,10 @@ class StreamedPairs:
             taken, total = upcoming, upcoming_total
 
     def items(self, pin_memory: bool) -> Iterator[Item]:
-        reader = Reader(self.config, self.shards, self.tokenizers, self.epoch, self.work, list(self.cursors), self.turn)
+        position = self.epoch, self.work, list(self.cursors), self.turn, distributed.rank() * self.workers
+        reader = Reader(self.config, self.shards, self.tokenizers, *position)
         workers = self.config.num_workers
+        multiprocessing.set_forkserver_preload(PRELOADED)
         with starting_workers() if workers else contextlib.nullcontext():
             loader = DataLoader(
                 reader,
@@ -283,6 +295,7 @@ class StreamedPairs:
                 collate_fn=as_it_is,
                 num_workers=workers,
                 multiprocessing_context=START_METHOD if workers else None,
+                worker_init_fn=prepare_worker,
                 pin_memory=pin_memory,
                 generator=torch.Generator(),
             )
@@ -331,3 +344,17 @@ def check_position(state: dict, cursors: list[Cursor], shards: int) -> None:
 
 def as_it_is(item: Item) -> Item:
     return item
+
+
+def prepare_worker(worker: int) -> None:
+    """Leaves the other cores to the training process and the other workers, and ends with the training process.
+
+    PyTorch's own check for the latter waits for the end of the fork server, which waits for that of its workers.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
