@@ -1,8 +1,8 @@
 """Training: python train.py --preset toy
 
-`train_model` at the end shows a whole run. Above it are the learning rate, the optimizer step, validation, and the
-preparation of a run. The loss of a step is the sum over all target tokens of its batches divided by their number, so
-that neither padding nor batch sizes change the weight of a token.
+`train_model` at the end shows a whole run. Above it are the learning rate, the optimizer step and validation. The loss
+of a step is the sum over all target tokens of its batches divided by their number, so that neither padding nor batch
+sizes change the weight of a token.
 """
 
 from __future__ import annotations
@@ -14,17 +14,12 @@ from config import INHERITED_FIELDS, PRESETS, Config, counted, get_config, parse
 import argparse
 import contextlib
 import math
-import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
 from compute import distributed, sharding
@@ -33,33 +28,27 @@ from compute.device import (
     choose_precision,
     device_name,
     explained_out_of_memory,
-    get_device,
     keep_freed_memory,
     peak_memory,
     runs_asynchronously,
 )
 from compute.threads import share_cores
-from corpora.sources import count_shared, load_split
-from corpora.streams import load_sample, open_stream
-from dataset import Batches, BilingualDataset, encode_splits, make_loader, save_tokenizers
+from dataset import Batches, BilingualDataset, make_loader
 from evaluate import format_scores, score
 from runs import mirror
 from runs.checkpoint import weights_crc32
 from runs.folder import RunFolder, merits
 from training.batches import StepBatches, optimizer_steps
-from training.distillation import distilled
-from training.estimate import check_shared_memory, estimated_memory, estimated_seconds
+from training.estimate import estimated_memory, estimated_seconds
 from training.initial import start_from
-from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars
+from training.log import ProgressBar, StepReport, TrainingLog, duration, print_line, shows_bars, warn
 from training.losses import LossInputs, TrainingLoss, count_target_tokens
-from training.resume import ResumePoint, batches_per_step, check_same_data, find_resume_point, load_state
+from training.preparation import Prepared, prepare
+from training.resume import ResumePoint, batches_per_step, load_state
 from training.signals import StopSignal
 from training.state import Progress, TrainingState
 from training.streaming import StreamedPairs
 from translate import Translator
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 LOG_EVERY = 10  # optimizer steps per point of the training curves
 
@@ -183,97 +172,8 @@ def run_validation(
 # ---------------------------------------------------------------------------- phases of a run
 
 
-class Prepared(NamedTuple):
-    """Device, data, tokenizers and resume point of a run."""
-
-    device: torch.device
-    train: BilingualDataset | StreamedPairs
-    validation: BilingualDataset
-    tokenizer_src: Tokenizer
-    tokenizer_tgt: Tokenizer
-    resume_point: ResumePoint
-
-
-def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) -> Prepared:
-    """Locks the folder, finds the checkpoint to resume from, loads the corpus and encodes it.
-
-    Raises InputError for bad input, before an existing run is changed; a newly created folder is then removed.
-    """
-    is_first = distributed.is_first()
-    missing = [path for path in (folder.path, *folder.path.absolute().parents) if is_first and not path.exists()]
-    if is_first:
-        resources.enter_context(locked_folder(config, folder))
-    else:
-        folder.wait_for_mark(distributed.attempt, distributed.rank())
-    # Only under the lock: another process may have just created the folder.
-    with removing_on_error(missing, unless=folder.distilled_file):
-        device = distributed.own_device(get_device(config.device))
-        if is_first and config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
-            print(f"restored from {config.mirror_dir}")
-        resume_point = find_resume_point(folder, config)
-        shards = open_stream(config) if config.stream else None
-        train_pairs = load_sample(shards) if shards else load_split(config, "train")
-        validation_pairs = load_split(config, "validation")
-        if is_first:
-            warn_shared_pairs(train_pairs, validation_pairs)
-        if config.distill_from:
-            train_pairs = distilled(train_pairs, config, folder)
-        data = encode_splits(config, train_pairs, validation_pairs)
-        if shards:
-            data = (StreamedPairs(config, shards, len(train_pairs), data[0], *data[2:]), *data[1:])
-        if resume_point.state:
-            check_same_data(folder, config, *data[:2], resume_point)
-        elif is_first:
-            if aside := folder.set_aside(resume_point.conflicting):
-                print(f"training from scratch: the files of an earlier run were moved to {aside}")
-            save_tokenizers(config, *data[2:])
-        if is_first and distributed.world_size() > 1:
-            folder.mark(distributed.attempt)
-    return Prepared(device, *data, resume_point)
-
-
-@contextlib.contextmanager
-def removing_on_error(folders: list[Path], unless: Path) -> Iterator[None]:
-    """If an error is raised, removes the first of these folders with its files, and the others if empty.
-
-    The file `unless`, if it exists by then, is worth keeping, and its folder with it.
-    """
-    try:
-        yield
-    except Exception:
-        if not unless.exists():
-            with contextlib.suppress(OSError):
-                for folder in folders[:1]:
-                    shutil.rmtree(folder, ignore_errors=True)
-                for parent in folders[1:]:
-                    parent.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def locked_folder(config: Config, folder: RunFolder) -> Iterator[None]:
-    """Creates the run's folder and locks it for this process."""
-    folder.check_writable()
-    check_shared_memory(config)
-    if config.mirror_dir:
-        mirror.check(RunFolder(config.mirror_dir), folder, config)
-    folder.create()
-    with folder.locked():
-        folder.sweep()
-        yield
-
-
-def warn_shared_pairs(train_pairs: Dataset, validation_pairs: Dataset) -> None:
-    if shared := count_shared(train_pairs, validation_pairs):
-        warn(f"validation pairs that are also in the training set: {shared:,}; scores will be too optimistic")
-
-
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
 
 
 def count_steps(config: Config, train: BilingualDataset | StreamedPairs, batches_per_step: int = 0) -> int:

@@ -118,6 +118,10 @@ def print_line(line: str) -> None:
         sys.stdout.flush()
 
 
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
 def duration(seconds: float) -> str:
     """A rounded time: 45 s, 12 min, 3.5 h."""
     if seconds < 100:
