@@ -300,10 +300,13 @@ class StreamedPairs:
                 generator=torch.Generator(),
             )
             items = iter(loader)
-        for item in items:
-            if item.error:
-                raise InputError(item.error)
-            yield item
+        try:
+            for item in items:
+                if item.error:
+                    raise InputError(item.error)
+                yield item
+        finally:
+            del items  # ends the workers at once, also while a traceback keeps this frame
 
     def take(self, items: Iterator[Item], share: int) -> tuple[list[Item], int]:
         """The items of this process's next step with `share` batches, and the number of batches of all processes."""
