@@ -194,7 +194,7 @@ class MultiHeadAttentionBlock(nn.Module):
     @staticmethod
     def scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(query key^T / sqrt(d_k)): (B, H, Q, K), each row sums to 1."""
-        scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (B, H, Q, K)
+        scores = (query / math.sqrt(query.size(-1))) @ key.transpose(-2, -1)  # (B, H, Q, K)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
         return scores.softmax(dim=-1)

@@ -199,6 +199,8 @@ def describe(config: Config, folder: RunFolder, prepared: Prepared, model: nn.Mo
     print(f"device       {device.type} ({device_name(device)}), {precision}{processes}")
     print(f"run          {folder}")
     print(f"corpus       {config.datasource}, {config.lang_src} to {config.lang_tgt}")
+    if config.distill_from:
+        print(f"             training targets translated by {config.distill_from}")
     validation_source = config.validation_source or "held out"
     if config.stream:
         shards = counted(len(train.shards.names), "shard")

@@ -167,10 +167,14 @@ class Translator:
             raise InputError(f"{path} is damaged: {name} is not finite; export the run again")
         model = model.to(get_device(device)).eval()
         translator = cls(model, config, *tokenizers, path.name)
-        translator.precision = choose_precision(precision, translator.device, model)
-        if translator.precision != "fp32":
-            use_low_precision_products(model, DTYPES[translator.precision])
+        translator.use_precision(precision)
         return translator
+
+    def use_precision(self, precision: str) -> None:
+        """Casts the weights of linear layers to fp32, bf16, fp16 or auto; it cannot be undone."""
+        self.precision = choose_precision(precision, self.device, self.model)
+        if self.precision != "fp32":
+            use_low_precision_products(self.model, DTYPES[self.precision])
 
     def encode(self, sentence: str) -> list[int]:
         """Token ids with [SOS] and [EOS]. Raises InputError for more than `seq_len` tokens or undecodable text."""

@@ -23,7 +23,7 @@ from corpora.sources import open_hub
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BLOCK = 1 << 10  # pairs
+BLOCK = 1 << 10  # pairs; shards carry it as `block` to the worker processes
 SAMPLE, SAMPLED_SHARDS = 100_000, 100  # pairs that tokenizers are trained on, and shards that they are taken from
 
 Block = dict[str, list[str]]  # the columns src and tgt, up to BLOCK texts each

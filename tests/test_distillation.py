@@ -9,6 +9,7 @@ import pytest
 
 from config import Config, InputError
 from corpora.sources import load_split
+from runs.checkpoint import weights_crc32
 from runs.folder import RunFolder
 from train import train_model
 from training import distillation
@@ -110,16 +111,52 @@ def test_a_teacher_that_does_not_fit_is_refused(student, teacher, change, messag
     assert not Path(student.run_dir).exists()
 
 
-def test_translations_of_other_pairs_or_of_another_teacher_are_not_used(student):
+def test_the_same_teacher_is_recognized_in_any_precision(student):
+    teacher, identity = distillation.load_teacher(student, RunFolder.of(student))
+    teacher.use_precision("bf16")
+    assert distillation.load_teacher(student, RunFolder.of(student))[1] == identity
+    assert f"{weights_crc32(teacher.model.state_dict()):08x}" != identity
+
+
+@pytest.mark.parametrize("lines", [10, PAIRS])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"teacher": "', '"teacher": "0', "with other weights than the best ones of"),
+        ('"en": "', '"en": "Other ', "line 1 of .* is not pair 1 of"),
+        ('"it": "', '"it": ["', "is damaged in line 1; remove it"),
+        ('{"en": "', "[" * 100_000, "is damaged in line 1; remove it"),
+    ],
+)
+def test_other_translations_are_refused_before_translating_and_stay(student, monkeypatch, lines, old, new, message):
     train_model(student)
     path = file_of(student)
-    for checkpoint in RunFolder.of(student).checkpoints():
-        checkpoint.unlink()
-    RunFolder.of(student).scores_file.unlink()
     good = path.read_text(encoding="utf8")
-    path.write_text(good.replace('"teacher": "', '"teacher": "0', 1).rsplit("\n", 3)[0] + "\n", encoding="utf8")
-    with pytest.raises(InputError, match="begun with another run"):
+    bad = "".join(good.replace(old, new, 1).splitlines(keepends=True)[:lines])
+    shutil.rmtree(student.run_dir)
+    path.parent.mkdir()
+    path.write_text(bad, encoding="utf8")
+    monkeypatch.setattr(distillation, "append", None)  # nothing may be written
+    with pytest.raises(InputError, match=message) as error:
         train_model(student)
-    path.write_text(good.replace('"en": "', '"en": "Other ', 1), encoding="utf8")
-    with pytest.raises(InputError, match="translations of other pairs"):
+    assert "\n" not in str(error.value)
+    assert path.read_text(encoding="utf8") == bad
+
+
+def test_a_file_that_is_no_translation_is_not_overwritten(student):
+    file_of(student).parent.mkdir()
+    file_of(student).write_text("my notes", encoding="utf8")
+    with pytest.raises(InputError, match="is damaged in line 1"):
         train_model(student)
+    assert file_of(student).read_text(encoding="utf8") == "my notes"
+
+
+def test_resuming_leaves_the_translations_untouched_and_names_missing_ones(student):
+    train_model(student)
+    path = file_of(student)
+    before = path.stat().st_mtime_ns
+    train_model(replace(student, num_epochs=2))
+    assert path.stat().st_mtime_ns == before
+    path.unlink()
+    with pytest.raises(InputError, match=r"distilled\.jsonl .* is missing; restore it"):
+        train_model(replace(student, num_epochs=3))

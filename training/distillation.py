@@ -1,18 +1,21 @@
 """Sequence-level knowledge distillation (Kim and Rush, 2016, section 3.2): training on the translations of another run.
 
 With `--distill-from`, the target side of the training pairs is what the teacher translates. The student then learns
-one translation per sentence instead of many, so that greedy search comes closer to beam search.
+a simpler distribution of targets, which narrows the gap between greedy search and beam search.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from compute import distributed
 from config import Config, InputError, counted, explanation
 from corpora.files import load_file
 from runs.checkpoint import weights_crc32
@@ -25,73 +28,114 @@ if TYPE_CHECKING:
 
 BEAM_SIZE, LENGTH_PENALTY = 5, 0.6
 PAIRS_AT_A_TIME = 2_000  # translated between two writes, which is what a kill can lose
+MAX_LINE = 1 << 24  # bytes; a longer line in the file of translations is damage
+REPORT_EVERY = 300  # seconds between lines of progress where no bar is shown
 
 
-def distilled(pairs: Dataset, config: Config, folder: RunFolder) -> Dataset:
+def distilled(pairs: Dataset, config: Config, folder: RunFolder, has_checkpoint: bool) -> Dataset:
     """The pairs, each target replaced by the translation of the run `distill_from`.
 
-    The translations are made once and kept in the run's folder. If this was interrupted, it resumes. Raises InputError
-    if the teacher cannot be used, or the translations are of other pairs.
+    The first process makes the translations once and keeps them in the run's folder; after an interruption it resumes.
+    Once the run has a checkpoint, the teacher is no longer needed. Raises InputError if the teacher cannot be used, or
+    for translations of other pairs or by other weights.
     """
     path = folder.distilled_file
-    done = drop_partial_line(path)
-    if done < len(pairs):
-        teacher = load_teacher(config, folder)
-        identity = f"{weights_crc32(teacher.model.state_dict()):08x}"
-        if done and named_teacher(path) != identity:
-            raise InputError(f"{path} was begun with another run than {config.distill_from}; remove it to begin again")
+    if distributed.is_first() and not has_checkpoint:
+        teacher, identity = load_teacher(config, folder)
+        done = count_finished(path, pairs, config, identity)
         translate_rest(pairs, done, teacher, identity, path)
+    if path.is_symlink() or not path.is_file():
+        raise InputError(f"{path} with the training targets of this run is missing; restore it")
     found = load_file(path, config)
-    size = 10_000
-    same = len(found) == len(pairs) and all(
-        found[start : start + size]["src"] == pairs[start : start + size]["src"] for start in range(0, len(pairs), size)
-    )
-    if not same:
-        raise InputError(f"{path} has translations of other pairs than {config.datasource}; remove it to begin again")
+    if len(found) != len(pairs):
+        raise InputError(f"{path} has {len(found):,} translations for {len(pairs):,} pairs; restore the file")
     return found
 
 
-def load_teacher(config: Config, folder: RunFolder) -> Translator:
-    """The best weights of `distill_from`. Raises InputError for the run itself, and for other languages."""
-    teacher = Translator.load(config.distill_from, config.device, precision="auto")
+def load_teacher(config: Config, folder: RunFolder) -> tuple[Translator, str]:
+    """The best weights of `distill_from`, and their checksum.
+
+    Raises InputError for a run that cannot be loaded, for the student itself, and for other languages.
+    """
+    try:
+        teacher = Translator.load(config.distill_from, config.device)
+    except InputError as error:
+        raise InputError(f"--distill-from {config.distill_from}: {error}") from None
     if teacher.folder.path.resolve() == folder.path.resolve():
         raise InputError(f"{config.distill_from} is the run of the teacher; give the student another --run-dir")
     languages = teacher.config.lang_src, teacher.config.lang_tgt
     if languages != (config.lang_src, config.lang_tgt):
         raise InputError(
-            f"{config.distill_from} translates {languages[0]} to {languages[1]}; give another --distill-from"
+            f"{config.distill_from} translates {languages[0]} to {languages[1]}; give --distill-from a run that "
+            f"translates {config.lang_src} to {config.lang_tgt}"
         )
-    return teacher
+    identity = f"{weights_crc32(teacher.model.state_dict()):08x}"  # of the weights in fp32, the same on every machine
+    teacher.use_precision("auto")
+    return teacher, identity
 
 
-def drop_partial_line(path: Path) -> int:
-    """Removes the line that a killed process has not finished; returns the number of lines."""
+def count_finished(path: Path, pairs: Dataset, config: Config, identity: str) -> int:
+    """The number of pairs that are translated already; removes the line that a killed process has not finished.
+
+    Raises InputError unless the file holds translations of the first pairs by these weights.
+    """
     if not os.path.lexists(path):
         return 0
     if path.is_symlink() or not path.is_file():
         raise InputError(f"{path} is not a regular file; remove it")
+    count = end = 0
+    sources = sources_of(pairs)
     with path.open("r+b") as file:
-        count = end = 0
-        for line in file:
-            if line.endswith(b"\n"):
-                count, end = count + 1, end + len(line)
-        file.truncate(end)
+        while (line := file.readline(MAX_LINE)).endswith(b"\n"):
+            source, teacher = parse_line(line, count, path, config)
+            if teacher != identity:
+                raise InputError(
+                    f"{path} was translated with other weights than the best ones of {config.distill_from} now; "
+                    "remove it to translate again"
+                )
+            if source != next(sources, None):
+                raise InputError(
+                    f"line {count + 1:,} of {path} is not pair {count + 1:,} of {config.datasource}; "
+                    "restore the corpus and its settings, or remove the file to translate again"
+                )
+            count, end = count + 1, end + len(line)
+        if line:
+            if not line.startswith(b"{") or len(line) == MAX_LINE:
+                raise damaged(path, count)
+            file.truncate(end)
     return count
 
 
-def named_teacher(path: Path) -> str:
-    """The teacher named in the first line."""
-    with path.open(encoding="utf8") as file:
-        try:
-            return str(json.loads(file.readline()).get("teacher"))
-        except (ValueError, AttributeError):
-            raise InputError(f"{path} is damaged; remove it to translate again") from None
+def sources_of(pairs: Dataset) -> Iterator[str]:
+    for start in range(0, len(pairs), PAIRS_AT_A_TIME):
+        yield from pairs[start : start + PAIRS_AT_A_TIME]["src"]
+
+
+def parse_line(line: bytes, number: int, path: Path, config: Config) -> tuple[str, str]:
+    """The source sentence and the teacher of a line."""
+    try:
+        row = json.loads(line)
+        source, target, teacher = row[config.lang_src], row[config.lang_tgt], row["teacher"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise damaged(path, number) from None
+    if not isinstance(target, str):
+        raise damaged(path, number)
+    return source, teacher
+
+
+def damaged(path: Path, number: int) -> InputError:
+    return InputError(f"{path} is damaged in line {number + 1:,}; remove it to translate again")
 
 
 def translate_rest(pairs: Dataset, done: int, teacher: Translator, identity: str, path: Path) -> None:
     """Appends the translations of the pairs from `done` on; those of sentences too long for the teacher are blank."""
-    config, long = teacher.config, 0
-    print_line(f"distilling   {counted(len(pairs) - done, 'pair')}, translated by {teacher.folder} (beam {BEAM_SIZE})")
+    if done == len(pairs):
+        return
+    config, long, reported = teacher.config, 0, time.monotonic()
+    print_line(
+        f"distilling   {counted(len(pairs) - done, 'pair')}, translated by {teacher.folder} (beam {BEAM_SIZE}); "
+        "if interrupted, the same command resumes"
+    )
     bar = tqdm(total=len(pairs), initial=done, unit="pair", desc="Distilling", disable=not shows_bars(), leave=False)
     with bar:
         for start in range(done, len(pairs), PAIRS_AT_A_TIME):
@@ -105,6 +149,9 @@ def translate_rest(pairs: Dataset, done: int, teacher: Translator, identity: str
             )
             append(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             bar.update(len(sources))
+            if not shows_bars() and time.monotonic() - reported > REPORT_EVERY:
+                reported = time.monotonic()
+                print_line(f"distilling   {start + len(sources):,} of {len(pairs):,} pairs")
     if long:
         print_line(
             f"             {counted(long, 'sentence')} exceed the {config.seq_len} tokens of the teacher: skipped"

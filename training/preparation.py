@@ -52,7 +52,7 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
     else:
         folder.wait_for_mark(distributed.attempt, distributed.rank())
     # Only under the lock: another process may have just created the folder.
-    with removing_on_error(missing, unless=folder.distilled_file):
+    with removing_on_error(missing, keep_if=folder.distilled_file):
         device = distributed.own_device(get_device(config.device))
         if is_first and config.mirror_dir and mirror.restore(RunFolder(config.mirror_dir), folder):
             print(f"restored from {config.mirror_dir}")
@@ -63,7 +63,7 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
         if is_first:
             warn_shared_pairs(train_pairs, validation_pairs)
         if config.distill_from:
-            train_pairs = distilled(train_pairs, config, folder)
+            train_pairs = distilled(train_pairs, config, folder, resume_point.state is not None)
         data = encode_splits(config, train_pairs, validation_pairs)
         if shards:
             data = (StreamedPairs(config, shards, len(train_pairs), data[0], *data[2:]), *data[1:])
@@ -79,15 +79,15 @@ def prepare(config: Config, folder: RunFolder, resources: contextlib.ExitStack) 
 
 
 @contextlib.contextmanager
-def removing_on_error(folders: list[Path], unless: Path) -> Iterator[None]:
+def removing_on_error(folders: list[Path], keep_if: Path) -> Iterator[None]:
     """If an error is raised, removes the first of these folders with its files, and the others if empty.
 
-    The file `unless`, if it exists by then, is worth keeping, and its folder with it.
+    They are kept if the file `keep_if` exists by then: translating the corpus again would take long.
     """
     try:
         yield
     except Exception:
-        if not unless.exists():
+        if not keep_if.exists():
             with contextlib.suppress(OSError):
                 for folder in folders[:1]:
                     shutil.rmtree(folder, ignore_errors=True)

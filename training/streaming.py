@@ -35,9 +35,9 @@ from dataset import Batches, BilingualDataset, count_blank, encode_pairs
 from training.log import print_line
 from training.signals import starting_workers
 
-# How workers are started. They use the threads of Arrow and of the tokenizers, which do not survive a fork of the
-# training process: forked workers waited forever or crashed in about 1 of 200 starts. A fork server has no threads.
-START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+# How workers are started. They use the thread pools of Arrow and of the tokenizers, which do not survive a fork of the
+# training process: forked workers waited forever or crashed in about 1 of 200 starts. The fork server uses no pool.
+STREAM_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 PRELOADED = ["datasets", "pyarrow.parquet", "torch"]  # imported once by the fork server, not by each worker
 
 
@@ -294,7 +294,7 @@ class StreamedPairs:
                 batch_size=None,
                 collate_fn=as_it_is,
                 num_workers=workers,
-                multiprocessing_context=START_METHOD if workers else None,
+                multiprocessing_context=STREAM_START_METHOD if workers else None,
                 worker_init_fn=prepare_worker,
                 pin_memory=pin_memory,
                 generator=torch.Generator(),
