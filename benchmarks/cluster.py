@@ -284,7 +284,7 @@ def fewer(bench: Bench) -> bool:
 
 def more(bench: Bench) -> bool:
     """A node joins: both share the batches of a step."""
-    # Without this variable, torchrun of PyTorch 2.13 publishes the address of its store once, and a late node cannot join.
+    # Without this variable, torchrun of PyTorch 2.13 publishes its store's address once, and a late node cannot join.
     environment = {"PAUSE": "3", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     trial = bench.trial(nodes="1:2", restarts=3, environment=environment)
     trial.start(0, "--accumulation-steps", "2")
