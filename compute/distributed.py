@@ -6,6 +6,7 @@ Without torchrun there is one process, and torch.distributed is never called.
 
 import contextlib
 import os
+import socket
 import sys
 import time
 import warnings
@@ -127,6 +128,23 @@ def check_environment() -> None:
     if rank() >= world_size() or not 0 < from_environment("MASTER_PORT", default=0) < 2**16:
         found = " ".join(f"{name}={os.environ[name]}" for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"))
         raise InputError(f"the environment has {found}, which is impossible; start with torchrun")
+    require_address(os.environ["MASTER_ADDR"])
+
+
+def require_address(host: str) -> None:
+    """Waits until the name of a machine can be resolved. Raises InputError if that takes longer than JOIN_TIMEOUT."""
+    deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError:  # the name of a machine that is starting may appear later
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"the name {host} (MASTER_ADDR, the machine of process 0) cannot be resolved; correct it, or give "
+                    "its IP address"
+                ) from None
+            time.sleep(1)
 
 
 def agree_on_attempt(store: dist.Store, timeout: timedelta) -> str:

@@ -358,6 +358,10 @@ class RunFolder:
             return self.load_weights(weights, average, best_by)
         if not files and average == 1:
             raise InputError(f"the run {self} has no checkpoint yet; train it with python train.py --run-dir {self}")
+        if len(files) == 1 and average == 1:
+            raise InputError(f"{files[0]} cannot be read; restore it, or choose other --weights")
+        if average == 1:
+            raise InputError(f"no checkpoint in {self} can be read; restore one")
         raise InputError(
             f"{len(loaded)} of the checkpoints in {self} can be read, --average needs {average}; "
             "lower --average, restore one, or train with a higher --keep-checkpoints"

@@ -310,14 +310,14 @@ CASES = [
     Case(
         "all checkpoints empty, translating",
         TRANSLATE + " hi",
-        "0 of the checkpoints in run can be read",
+        "no checkpoint in run can be read",
         overwrite_checkpoints(b""),
     ),
     Case("malicious checkpoints", RESUME, "no checkpoint in run can be read", make_malicious),
     Case(
         "malicious checkpoints, translating",
         TRANSLATE + " hi",
-        "0 of the checkpoints in run can be read",
+        "no checkpoint in run can be read",
         make_malicious,
     ),
     Case(

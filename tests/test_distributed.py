@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
@@ -172,6 +173,27 @@ def test_an_impossible_environment_is_refused(monkeypatch, given, named):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=named), distributed.process_group(10):
         pass
+
+
+def test_an_unknown_machine_is_an_error(monkeypatch):
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(0))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(InputError, match=r"the name nowhere.invalid \(MASTER_ADDR"):
+        distributed.require_address("nowhere.invalid")
+
+
+def test_a_machine_may_be_known_later(monkeypatch):
+    answers = iter([OSError("not known yet"), []])
+
+    def resolve(host, port):
+        if isinstance(answer := next(answers), OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    distributed.require_address("node-0")
+    assert not list(answers)
 
 
 def test_gradients_are_averaged_on_the_own_gpu_and_without_the_positional_encodings(monkeypatch):
