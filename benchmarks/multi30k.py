@@ -1,9 +1,12 @@
 """Train on Multi30k, English to German, select on the validation set, and evaluate once on the test set.
 
+With several seeds, the mean over the runs is reported, and the score of their ensemble.
+
     python benchmarks/multi30k.py --data FOLDER                            # one seed
     python benchmarks/multi30k.py --data FOLDER --seeds 1 2 3 --at-once 3  # three seeds at the same time on one GPU
     python benchmarks/multi30k.py --data FOLDER --form raw                 # cased text, sacreBLEU's 13a tokenizer
     python benchmarks/multi30k.py --data FOLDER -- --num-epochs 150        # flags after -- are passed to train.py
+    python benchmarks/multi30k.py --data FOLDER --runs de-en -- --lang-src de --lang-tgt en
 
 FOLDER holds train, val and test_2016_flickr, each as `.lc.norm.tok.en` and `.lc.norm.tok.de` (lowercased and tokenized
 with Moses, as in the papers) or, for --form raw, as `.en` and `.de`. Existing runs are resumed.
@@ -24,7 +27,7 @@ from compute.device import get_device
 from config import InputError, run_command
 from corpora.sources import load_split
 from evaluate import format_scores, score, signature
-from translate import Translator
+from translate import Ensemble, Translator
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -86,9 +89,12 @@ def log_file(run: Path) -> Path:
 # ---------------------------------------------------------------------------- selection and evaluation
 
 
-def translate_split(run: Path, weights: Weights, search: Search, split: str) -> tuple[list[str], list[str], float]:
-    """Translations of a split, its references, and the time in seconds."""
-    translator = Translator.load(run, weights=weights.which, average=weights.average)
+def translate_split(
+    runs: list[Path], weights: Weights, search: Search, split: str
+) -> tuple[list[str], list[str], float]:
+    """Translations of a split by a run or an ensemble of runs, its references, and the time in seconds."""
+    members = [Translator.load(run, weights=weights.which, average=weights.average) for run in runs]
+    translator = members[0] if len(members) == 1 else Ensemble(members)
     pairs = load_split(translator.config, split)
     start = time.perf_counter()
     predicted = translator.translate(list(pairs["src"]), search.beam_size, search.length_penalty)
@@ -99,7 +105,7 @@ def validation_bleu(runs: list[Path], tokenizer: str, weights: Weights, search: 
     """Validation BLEU, averaged over the runs; prints a row of the table."""
     bleus, seconds, sentences = [], 0.0, 0
     for run in runs:
-        predicted, references, took = translate_split(run, weights, search, "validation")
+        predicted, references, took = translate_split([run], weights, search, "validation")
         bleus.append(score(predicted, references, tokenizer)["bleu"])
         seconds, sentences = seconds + took, sentences + len(references)
     cells = (*weights, *search, f"{statistics.mean(bleus):.2f}", f"{sentences / seconds:.0f}")
@@ -135,10 +141,13 @@ def main(argv: list[str]) -> None:
     )
     bleus = []
     for run in runs:
-        predicted, references, _ = translate_split(run, weights, search, "test")
+        predicted, references, _ = translate_split([run], weights, search, "test")
         scores = score(predicted, references, tokenizer)
         bleus.append(scores["bleu"])
         print(f"{run.name}, Test 2016: {format_scores(scores)}")
+    if len(runs) > 1:
+        predicted, references, _ = translate_split(runs, weights, search, "test")
+        print(f"ensemble of {len(runs)}, Test 2016: {format_scores(score(predicted, references, tokenizer))}")
     spread = f" ± {statistics.stdev(bleus):.2f}" if len(bleus) > 1 else ""
     print(f"BLEU {statistics.mean(bleus):.2f}{spread}   {signature(tokenizer)}")
 

@@ -20,6 +20,7 @@ import decoding_speed
 import engines
 import gpu
 import growth
+import multi30k
 import peers
 import precision
 import several_gpus
@@ -229,3 +230,19 @@ def test_the_plan_of_several_gpus_shows_what_fits(capsys):
     assert "| fits into 24 GB | yes | yes |" in printed
     with pytest.raises(InputError, match="no bf16 on this GPU; choose one of fp32, fp16"):
         several_gpus.main(["--kind=T4", "--", "--precision=bf16"])
+
+
+def test_multi30k_scores_each_seed_and_their_ensemble(tmp_path, capsys):
+    sentences = [" ".join(f"w{(i * j) % 7}" for j in range(1, 5)) for i in range(1, 21)]
+    for part, lines in (("train", sentences), ("val", sentences[:4]), ("test_2016_flickr", sentences[4:8])):
+        for lang in ("en", "de"):
+            (tmp_path / f"{part}.lc.norm.tok.{lang}").write_text("\n".join(lines) + "\n", encoding="utf8")
+    small = "--num-epochs 10 --vocab-size 100 --d-model 16 --d-ff 16 --encoder-layers 1 --decoder-layers 1 --seq-len 16"
+    seeds = ["--seeds", "1", "2", "--at-once", "2", "--runs", str(tmp_path / "runs")]
+    multi30k.main(["--data", str(tmp_path), *seeds, "--", *small.split(), "--validation-sentences", "0"])
+    printed = capsys.readouterr().out
+    scores = dict(re.findall(r"^(.*), Test 2016: BLEU ([\d.]+)", printed, re.MULTILINE))
+    assert list(scores) == ["multi30k.tok.1", "multi30k.tok.2", "ensemble of 2"]
+    mean = (float(scores["multi30k.tok.1"]) + float(scores["multi30k.tok.2"])) / 2
+    assert float(re.search(r"^BLEU ([\d.]+) ±", printed, re.MULTILINE)[1]) == pytest.approx(mean, abs=0.11)
+    assert "selected: " in printed
