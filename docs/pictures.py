@@ -1,10 +1,10 @@
 """Draw the figures of README.md and docs/ from a trained toy run.
 
-    python docs/pictures.py --run-dir weights/toy.en-it --variants weights/toy.en-de/variants.csv
+    python docs/pictures.py --run-dir weights/toy.en-it --variants variants.csv
 
-The CSV is written by `python experiments.py "I can eat an apple." --run-dir weights/toy.en-de --split test
---sentences 1000 --csv weights/toy.en-de/variants.csv`; without --variants, variants.png is not drawn again. The
-screenshot of the explorer needs Chromium.
+The CSV is written by `python experiments.py "I can eat an apple." --run-dir pretrained/toy.en-de --split test
+--sentences 1000 --csv variants.csv`; without --variants, variants.png is not drawn again. The screenshot of the
+explorer needs Chromium.
 """
 
 import argparse
