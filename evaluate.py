@@ -22,19 +22,19 @@ from runs.files import check_outputs, output_file
 from translate import Runs, Weights, blank_long, check_search, load_translators, repeat_run_dir
 
 
-def score(predicted: list[str], references: list[str], bleu_tokenizer: str = "13a") -> dict[str, float]:
+def score(
+    predicted: list[str], references: list[str], bleu_tokenizer: str = "13a", warn_tokenized: bool = False
+) -> dict[str, float]:
     """Corpus-level scores from 0 to 100, except the error rates, which have no upper limit.
 
     bleu and chrf are sacreBLEU's; cer and wer are the character and word error rates in percent; exact is the
-    percentage of translations that are identical to their reference.
+    percentage of translations that are identical to their reference. With `warn_tokenized`, sacreBLEU warns about text
+    that looks tokenized, which its own tokenizers do not expect.
     """
     from torchmetrics.functional.text import char_error_rate, word_error_rate  # imported here because it takes a second
 
     return {
-        # `force` silences the warning about tokenized text, which is expected with the tokenizer "none".
-        "bleu": sacrebleu.corpus_bleu(
-            predicted, [references], tokenize=bleu_tokenizer, force=bleu_tokenizer == "none"
-        ).score,
+        "bleu": sacrebleu.corpus_bleu(predicted, [references], tokenize=bleu_tokenizer, force=not warn_tokenized).score,
         "chrf": sacrebleu.corpus_chrf(predicted, [references]).score,
         "cer": 100 * char_error_rate(predicted, references).item(),
         "wer": 100 * word_error_rate(predicted, references).item(),
@@ -112,7 +112,7 @@ def main(
     if output:
         with output_file(output) as file:
             file.write_text("".join(f"{line}\n" for line in predicted), encoding="utf8")
-    scores = score(predicted, references, bleu_tokenizer)
+    scores = score(predicted, references, bleu_tokenizer, warn_tokenized=bleu_tokenizer != "none")
     details = {
         "run": str(translator.folder),
         "of": name,

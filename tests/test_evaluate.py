@@ -22,6 +22,13 @@ def test_scores_of_perfect_and_partly_wrong_translations():
     assert half["bleu"] < 100
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tokenized_text_is_reported_only_if_wanted(caplog, wanted):
+    lines = ["the small cat sleeps ."] * 100
+    score(lines, lines, warn_tokenized=wanted)
+    assert ("tokenized period" in caplog.text) == wanted
+
+
 def test_printed_scores_have_names_and_units():
     printed = format_scores({"bleu": 99.96, "chrf": 100.0, "cer": 0.1, "wer": 0.2, "exact": 99.5})
     assert printed == "BLEU 100.0   chrF 100.0   CER 0.1%   WER 0.2%   exact match 99.5%"
