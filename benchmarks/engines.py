@@ -30,7 +30,7 @@ from translate import Translator
 
 CPU = torch.device("cpu")
 ROUNDS = 3
-# Source tokens per batch, times the beam size, in CTranslate2: 2,048 and 32,768 are slower with the tiny model.
+# Source tokens per batch, times the beam size, in CTranslate2: 2,048 and 32,768 are not faster with the tiny model.
 BATCH_TOKENS = 8_192
 
 

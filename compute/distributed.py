@@ -138,7 +138,7 @@ def require_address(host: str) -> None:
         try:
             socket.getaddrinfo(host, None)
             return
-        except OSError:  # the name of a machine that is starting may appear later
+        except (OSError, UnicodeError):  # the name of a machine that is starting may appear later
             if time.monotonic() > deadline:
                 raise InputError(
                     f"the name {host} (MASTER_ADDR, the machine of process 0) cannot be resolved; correct it, or give "

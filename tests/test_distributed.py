@@ -175,11 +175,12 @@ def test_an_impossible_environment_is_refused(monkeypatch, given, named):
         pass
 
 
-def test_an_unknown_machine_is_an_error(monkeypatch):
+@pytest.mark.parametrize("host", ["nowhere.invalid", 100 * "a"])  # the second is too long for a name
+def test_an_unknown_machine_is_an_error(monkeypatch, host):
     monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(0))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with pytest.raises(InputError, match=r"the name nowhere.invalid \(MASTER_ADDR"):
-        distributed.require_address("nowhere.invalid")
+    with pytest.raises(InputError, match=rf"the name {host} \(MASTER_ADDR"):
+        distributed.require_address(host)
 
 
 def test_a_machine_may_be_known_later(monkeypatch):
