@@ -17,7 +17,7 @@ demo: .venv/run  ## train on the embedded corpus, evaluate, translate, write an 
 app: .venv/app  ## open the live explorer in the browser
 	$(BIN)/streamlit run app.py
 
-check: .venv/dev  ## run the linters and the quick tests, under a minute
+check: .venv/dev  ## run the linters and the quick tests, about three minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not slow"

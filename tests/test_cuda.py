@@ -111,6 +111,7 @@ def test_a_search_waits_once_every_few_steps(gpu_translator, beam_size, monkeypa
     assert len(gpu.waits) <= made / CHECK_EVERY + PER_SEARCH
 
 
+@pytest.mark.slow
 def test_recording_and_experiments_find_the_same_as_on_a_cpu(gpu_translator, small_config):
     gpu, on_gpu = gpu_translator
     on_cpu, sentence = Translator.load(small_config.run_dir, "cpu"), "I can eat an apple."

@@ -29,6 +29,7 @@ from train import train_model
 from training.streaming import Counts, Cursor, StreamedPairs, Work
 
 PAIRS = 400
+IN_PROCESS_AND_2_WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
 
 
 def write_jsonl(path: Path, rows: list) -> None:
@@ -80,7 +81,7 @@ def steps_of(stream: StreamedPairs, epoch: int = 0) -> list[list[dict]]:
     return [batches for batches, _, _ in stream.steps(stream.config.accumulation_steps, pin_memory=False)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", IN_PROCESS_AND_2_WORKERS)
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_each_pair_is_in_one_batch_of_one_process(config, rows, monkeypatch, world, workers):
     found = []
@@ -120,7 +121,10 @@ def test_the_order_differs_in_each_epoch_and_with_the_seed_and_is_otherwise_the_
     assert ids[0] != ids[1]
 
 
-@pytest.mark.parametrize(("workers", "accumulation", "every"), [(0, 1, 3), (0, 3, 5), (2, 1, 16), (3, 2, 8)])
+@pytest.mark.parametrize(
+    ("workers", "accumulation", "every"),
+    [(0, 1, 3), (0, 3, 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 1, 16), (3, 2, 8)])],
+)
 def test_a_stream_resumed_at_any_step_yields_the_remaining_batches(config, workers, accumulation, every):
     config = replace(config, num_workers=workers, accumulation_steps=accumulation)
     stream, steps, states = stream_of(config), [], []
@@ -137,7 +141,7 @@ def test_a_stream_resumed_at_any_step_yields_the_remaining_batches(config, worke
     assert not is_identical(steps_of(stream, epoch=1), steps)
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (3, 2)])
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_with_another_number_of_workers_a_resumed_stream_leaves_no_pair_out(config, rows, before, after):
     stream, done = stream_of(replace(config, num_workers=before)), []
     stream.begin_epoch(0)
@@ -237,7 +241,7 @@ def test_a_bad_shard_is_named_before_training(config, folder, name):
     assert not Path(config.run_dir).exists()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", IN_PROCESS_AND_2_WORKERS)
 @pytest.mark.parametrize(
     ("bad", "message"),
     [(b'{"en": "a"', "part-0.jsonl line 51 is not JSON"), (b'{"en": "a"}', "part-0.jsonl row 51 has no language 'it'")],
@@ -279,7 +283,7 @@ def test_wrong_settings_are_one_line(config, settings, message):
 # ---------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", IN_PROCESS_AND_2_WORKERS)
 def test_an_interrupted_run_on_a_stream_ends_bit_identical(config, tmp_path, capsys, workers):
     config = replace(config, lr_schedule="constant", num_workers=workers, max_steps=50)
     uninterrupted = replace(config, run_dir=str(tmp_path / "uninterrupted"))
