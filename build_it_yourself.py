@@ -38,7 +38,7 @@ def embeddings(ids: Tensor, weight: Tensor) -> Tensor:
 
 
 def positional_encoding(seq_len: int, d_model: int) -> Tensor:
-    """The position encodings (the paper, section 3.5): (seq_len, D).
+    """The positional encodings (the paper, section 3.5): (seq_len, D).
 
     PE(pos, 2i) = sin(pos / 10000^(2i / D)) and PE(pos, 2i + 1) = cos(pos / 10000^(2i / D)), pos from 0.
     """
@@ -46,7 +46,7 @@ def positional_encoding(seq_len: int, d_model: int) -> Tensor:
 
 
 def embed(ids: Tensor, weight: Tensor, dropout: Callable[[Tensor], Tensor]) -> Tensor:
-    """The input of the first layer: `dropout` applied to embeddings plus position encodings (the paper, section 5.4).
+    """The input of the first layer: `dropout` applied to embeddings plus positional encodings (the paper, section 5.4).
 
     ids (B, T), weight (V, D) -> (B, T, D)
     """

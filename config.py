@@ -30,7 +30,7 @@ class InputError(Exception):
 class Config:
     """Train a Transformer for translation, or resume a run. Default: English to Italian on opus_books from the Hugging Face Hub.
 
-    A source (datasource, validation_source, test_source) is one of: toy, the embedded corpus; a dataset of the Hub or a
+    A source (datasource, validation_source, test_source) is one of: toy, the built-in corpus; a dataset of the Hub or a
     local folder in the same layout, with :SPLIT appended for a split other than train; a .tsv, .csv, .jsonl, .parquet,
     .xlsx or .tmx file; or the prefix of two aligned text files, so that data/train means data/train.en and data/train.de.
     Text files may be compressed: .tsv.gz, data/train.en.gz. With stream, datasource may also be a folder or a pattern of
@@ -52,7 +52,7 @@ class Config:
     shared_vocab: bool = True             # one vocabulary for both languages
     seq_len: int = 350                    # maximum sentence length in tokens, including [SOS] and [EOS]; longer pairs are skipped
     max_length_ratio: float = 0.0         # training pairs whose longer side has more than this many times the characters of the shorter one are removed; 0: off
-    drop_duplicates: bool = False         # remove training pairs that occur before
+    drop_duplicates: bool = False         # remove exact duplicates of earlier training pairs
     batch_tokens: int = 8_192             # maximum number of tokens per batch, padding included (sentences x longest sentence); 0: use batch_size
     batch_size: int = 8                   # sentences per batch if batch_tokens is 0
     stream: bool = False                  # read datasource while training, without a copy on disk: a folder, pattern or list of shards, or a Hub dataset; needs max_steps and validation_source
@@ -80,7 +80,7 @@ class Config:
     label_smoothing: float = 0.1          # probability mass that label smoothing spreads over the vocabulary; 0: off
     accumulation_steps: int = 1           # batches per optimizer step (gradient accumulation)
     clip_norm: float = 1.0                # maximum gradient norm; 0: no clipping
-    rdrop_alpha: float = 0.0              # weight of R-Drop consistency regularization (Wu et al., 2021); 0: off
+    rdrop_alpha: float = 0.0              # weight of R-Drop consistency regularization (Liang et al., 2021); 0: off
     bpe_dropout: float = 0.0              # BPE-dropout (Provilkov et al., 2020): probability of skipping a merge, drawn again in every epoch; 0: off
     ema_decay: float = 0.0                # decay of an exponential moving average (EMA) of the weights, which is evaluated and used for translation; 0: off
     seed: int = 42                        # random seed for the split, the batch order, the initial weights and dropout
@@ -123,7 +123,7 @@ PRESETS: dict[str, dict] = {
         "adam_beta2": 0.999,
         "clip_norm": 0.0,
     },
-    # The embedded corpus; trains on a laptop in about a minute.
+    # The built-in corpus; trains on a laptop in about a minute.
     "toy": {
         "datasource": "toy",
         "validation_source": "toy:validation",
@@ -145,7 +145,7 @@ PRESETS: dict[str, dict] = {
         "lr_schedule": "cosine",
         "warmup_steps": 0.1163,  # 100 of 860
     },
-    # Transformer-Tiny of Wu et al., 2021, "Good for Misconceived Reasons", section 4, but pre-norm and with smaller
+    # Transformer-Tiny of Zhiyong Wu et al., 2021, "Good for Misconceived Reasons", section 4, but pre-norm and with smaller
     # batches, a cosine schedule and an EMA, so that two hours on two CPU cores are enough.
     "multi30k": {
         "datasource": "bentrevett/multi30k",
@@ -171,7 +171,7 @@ PRESETS: dict[str, dict] = {
         "keep_checkpoints": 10,
         "validation_sentences": 1_014,
     },
-    # The base model of Vaswani et al., 2017, table 3.
+    # The size and the warmup of the base model (Vaswani et al., 2017, table 3), but pre-norm, with dropout inside the blocks too.
     "wmt14": {
         "datasource": "wmt/wmt14",
         "validation_source": "wmt/wmt14:validation",
@@ -219,7 +219,7 @@ INHERITED_FIELDS = (
 def get_config(preset: str = "opus_books", **overrides) -> Config:
     """The config of a preset, with overrides. Raises InputError for an unknown name or an invalid value."""
     if preset not in PRESETS:
-        raise InputError(f"no preset {preset!r}{did_you_mean(preset, PRESETS)}; there are {', '.join(PRESETS)}")
+        raise InputError(f"no preset {preset!r}{did_you_mean(preset, PRESETS)}; available: {', '.join(PRESETS)}")
     reject_unknown(overrides)
     return Config(**{"preset": preset, **PRESETS[preset], **overrides})
 
@@ -460,7 +460,7 @@ def explanation(error: Exception) -> str | None:
         remedy = REMEDIES.get(error.errno, "check the file and its disk")
         if remedy == FREE_SPACE and not error.filename:  # Arrow and PyTorch do not say where
             cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
-            remedy += f"; beside the run, corpora are kept in {cache} (HF_HOME) and {tempfile.gettempdir()} (TMPDIR)"
+            remedy += f"; besides the run, corpora are stored in {cache} (HF_HOME) and {tempfile.gettempdir()} (TMPDIR)"
         return f"{error}; {remedy}"
     if isinstance(error, UnicodeError):
         return f"a text or a file name is not UTF-8 ({error}); convert or rename it"

@@ -84,7 +84,7 @@ def main(
         beam_size: hypotheses kept at each step; 1: greedy search
         length_penalty: exponent of the length normalization; 0 favors short translations, higher values longer ones
         weights: best (on the validation set, the default), latest, or an epoch number; repeated: an ensemble of epochs
-        average: number of epochs whose weights are averaged, the best or the latest ones
+        average: number of checkpoints whose weights are averaged, the best or the latest ones
         bleu_tokenizer: tokenizer of sacreBLEU; none for text that is already tokenized
         device: auto, cuda, mps or cpu
         precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)

@@ -135,7 +135,7 @@ def main(
         sentence: sentence to translate
         run_dir: folder of the run; empty: the most recently trained run
         logits_study: the variants of the logits study (docs/studies.md) in place of the others
-        findings: measure the findings of the logits study in addition, on a run of an embedded corpus
+        findings: measure the findings of the logits study in addition, on a run of a built-in corpus
         heads: head importance in addition: the drop in BLEU with each head switched off
         split: split on which BLEU and exact match of every variant are measured in addition: validation or test
         sentences: number of sentences that are translated for the split, head importance and findings

@@ -210,7 +210,7 @@ def main(
         form: ctranslate2, a fast C++ inference engine, or safetensors, for the Hugging Face Hub
         quantization: data type of the CTranslate2 model's weights
         weights: best (on the validation set), latest, or an epoch number
-        average: number of epochs whose weights are averaged, the best or the latest ones
+        average: number of checkpoints whose weights are averaged, the best or the latest ones
     """
     folder = Path(os.path.realpath(output_dir))
     check_new_folder(folder)

@@ -592,7 +592,7 @@ def main(
         alignments: print word alignments instead of translations, in Pharaoh format: 0-1 means that the first source
             word is translated by the second target word; punctuation marks are words
         weights: best (on the validation set, the default), latest, or an epoch number; repeated: an ensemble of epochs
-        average: number of epochs whose weights are averaged, the best or the latest ones
+        average: number of checkpoints whose weights are averaged, the best or the latest ones
         device: auto, cuda, mps or cpu
         precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)
     """

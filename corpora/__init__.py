@@ -1,1 +1,1 @@
-"""Sentence pairs from files, the Hugging Face Hub and the embedded toy grammar."""
+"""Sentence pairs from files, the Hugging Face Hub and the built-in toy grammar."""

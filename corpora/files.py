@@ -269,7 +269,7 @@ class TmxReader:
         raise InputError(f"{self.path} declares XML entities, which are not read; remove them from its DOCTYPE")
 
     def reject_skipped(self, name: str, *_) -> None:
-        raise InputError(f"{self.path} has the XML entity &{name}; without a meaning; replace it by its text")
+        raise InputError(f"{self.path} uses the undefined XML entity &{name}; replace it by its text")
 
 
 def read_tmx(path: str, languages: tuple[str, str]) -> Iterator[dict]:

@@ -1,6 +1,6 @@
 """Loads sentence pairs from any supported source, and splits them into training and validation.
 
-`load_pairs` loads one source: an embedded corpus, local files (corpora/files.py), or a Hub dataset. `load_split`
+`load_pairs` loads one source: a built-in corpus, local files (corpora/files.py), or a Hub dataset. `load_split`
 chooses the source for training, validation or test, and splits it where needed.
 """
 
@@ -59,7 +59,7 @@ def load_pairs(source: str, config: Config) -> Dataset:
     return load_hub(name, split or "train", config)
 
 
-# ---------------------------------------------------------------------------- embedded corpora
+# ---------------------------------------------------------------------------- built-in corpora
 
 
 def load_toy(split: str, config: Config) -> Dataset:
@@ -82,7 +82,7 @@ def load_patterns(split: str, config: Config) -> Dataset:
 
 
 def gold_pairs(config: Config) -> list[Pair]:
-    """Pairs with gold word alignments of a run's corpus, if it is embedded, otherwise none.
+    """Pairs with gold word alignments of a run's corpus, if it is built in, otherwise none.
 
     Test pairs of the toy corpus; all pairs of the patterns, those of test and validation first.
     """

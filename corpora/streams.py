@@ -85,7 +85,7 @@ def open_stream(config: Config) -> LocalShards | HubShards:
     """
     name, split = split_source(config.datasource)
     if name in ("toy", "patterns"):
-        raise InputError(f"the {name} corpus is embedded; leave out --stream")
+        raise InputError(f"the {name} corpus is built in; leave out --stream")
     is_on_hub = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not set("*?[,") & set(name)
     paths: dict[str, None] = {}  # a file that is named twice counts once
     for part in config.datasource.split(","):

@@ -1,4 +1,4 @@
-"""The embedded corpus: a small grammar of English, Italian and German, with gold word alignments.
+"""The built-in corpus: a small grammar of English, Italian and German, with gold word alignments.
 
 A sentence is generated from its meaning (a `Clause`), which each language's grammar turns into words. The corpus
 covers gender and number agreement, conjugation, dropped subject pronouns and adjectives after the noun in Italian;

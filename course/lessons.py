@@ -28,7 +28,7 @@ LESSONS = [
         r"""
 A token is a number, its row in a table of vectors. The table is learned. The paper multiplies each row by the square
 root of the width: where the table also serves as the last layer, its numbers are small, and the factor makes the
-embeddings as large as the position encodings that are added next.
+embeddings as large as the positional encodings that are added next.
 
 $$\text{embeddings}(ids) = W_{ids} \cdot \sqrt{D}$$
 
@@ -135,9 +135,9 @@ lower triangle with the diagonal. `scores.masked_fill(~mask, -math.inf)` comes b
     ),
     Lesson(
         r"""
-One softmax can point to about one place. Several heads, each with $d_k = D / H$ dimensions, can attend to several
-places at once, at the cost of one large head. Three linear layers make queries, keys and values for all heads
-together, and a fourth mixes what the heads found.
+A single head computes one weighted mean per position, which mixes what it finds in different places. Several heads,
+each with $d_k = D / H$ dimensions, attend to different places separately, at the cost of one large head. Three linear
+layers compute queries, keys and values for all heads together, and a fourth mixes what the heads found.
 
 $$\text{MultiHead}(Q, K, V) = \text{Concat}(head_1, \ldots, head_H)\, W^O \qquad
 head_i = \text{Attention}(Q W^Q_i, K W^K_i, V W^V_i)$$
@@ -202,9 +202,9 @@ Write the function of `encoder_block` with one more line between its two. Cross-
     ),
     Lesson(
         r"""
-A linear layer turns the decoder's output into one logit per word. In training the decoder reads the right translation
-(teacher forcing) and predicts at each position the next word, so labels are the target shifted by one. Label
-smoothing keeps the model from being too sure: the target distribution has $\epsilon / V$ on every word and $1 -
+A linear layer turns the decoder's output into one logit per word. In training the decoder reads the reference
+translation (teacher forcing) and predicts at each position the next word, so labels are the target shifted by one.
+Label smoothing keeps the model from being too sure: the target distribution has $\epsilon / V$ on every word and $1 -
 \epsilon$ more on the label. Padding does not count, and every target token of the batch counts the same.
 
 $$L = -\frac{1}{N} \sum_{\text{tokens}} \left[ (1 - \epsilon) \log p(\text{label}) + \frac{\epsilon}{V} \sum_v \log p(v)
@@ -280,10 +280,10 @@ for name, functions, trained in (("with the mask", mine, own), ("without", cheat
 """,
     ),
     Question(
-        "Why does label smoothing keep the winner near 90%?",
+        "Why does label smoothing keep the top probability near 90%?",
         r"""
 The loss is lowest when the prediction equals the smoothed target: 1 - 0.1 + 0.1 / V on the label. A higher probability
-increases the loss. Where several words are possible, the winner is lower.
+increases the loss. Where several words are possible, it is lower.
 """,
         r"""
 next_logits = own_model.next_logits_of(mine, own, own_model.encode(corpus, SENTENCE))
@@ -460,7 +460,7 @@ GLOSSARY = {
     "layer normalization": "shifting and scaling each vector to mean 0 and variance 1",
     "logits": "the numbers before the softmax, one per token of the vocabulary",
     "padding": "[PAD] tokens that make the sentences of a batch equally long",
-    "position encoding": "a vector that depends on the position only, added to the embedding",
+    "positional encoding": "a vector that depends on the position only, added to the embedding",
     "pre-norm": "normalizing the input of a sublayer; post-norm normalizes the sum after it",
     "query, key, value": (
         "three projections of a vector: a query is compared with keys, and the weights apply to values"
@@ -469,7 +469,7 @@ GLOSSARY = {
     "residual connection": "adding a sublayer's input to its output",
     "self-attention": "attention whose queries, keys and values come from the same sequence",
     "softmax": "exponentials divided by their sum: positive numbers that sum to 1",
-    "teacher forcing": "training the decoder on the right translation instead of its own",
+    "teacher forcing": "training the decoder on the reference translation instead of its own",
     "token": "a unit of text with an id: a word, a subword, a punctuation mark, or a special token such as [SOS]",
     "warmup": "raising the learning rate from 0 over the first steps",
 }

@@ -104,7 +104,7 @@ def attend(
 
 
 class ToyCorpus(NamedTuple):
-    """The embedded corpus, English to Italian, encoded."""
+    """The built-in corpus, English to Italian, encoded."""
 
     config: Config
     train: BilingualDataset

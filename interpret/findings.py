@@ -1,4 +1,4 @@
-"""The findings of the logits study, measured on many sentences of an embedded corpus.
+"""The findings of the logits study, measured on many sentences of a built-in corpus.
 
 T  target tokens    V  target vocabulary
 """
@@ -262,7 +262,7 @@ FINDINGS = [
 def measure_findings(translator: Translator, sentences: int = 200) -> pd.DataFrame:
     """The findings on sentences of the run's corpus, one per row: finding, figures, holds.
 
-    Raises InputError unless the run was trained on an embedded corpus, whose alignments are known.
+    Raises InputError unless the run was trained on a built-in corpus, whose alignments are known.
     """
     config = translator.config
     pairs = gold_pairs(config)

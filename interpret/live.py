@@ -239,8 +239,8 @@ def gradient_times_input(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gradient x input of the log-probability of the token written at a step: (S,) source and (T,) target tokens.
 
-    The dot product of each embedding with its gradient (Shrikumar et al., 2017, section 2): how much the
-    log-probability changes, to first order, if the embedding grows.
+    The dot product of each embedding with its gradient (Shrikumar et al., 2016): to first order, the change of the
+    log-probability if the embedding were scaled up.
     """
     model = translator.model
     source, target = (torch.tensor([ids]) for ids in (translator.encode(sentence), [SOS, *scene.ids]))

@@ -471,7 +471,7 @@ class RunFolder:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"warning: no lock on {self} ({error}); do not train in it twice at a time", file=sys.stderr)
+            print(f"warning: no lock on {self} ({error}); do not start a second training in it", file=sys.stderr)
         try:
             yield
         finally:

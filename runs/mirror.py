@@ -43,7 +43,9 @@ def check(mirror: RunFolder, run: RunFolder, config: Config) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"--mirror-dir {mirror} is a file; give a folder")
     if path.is_relative_to(own) or own.is_relative_to(path):
-        raise InputError(f"one of --mirror-dir {mirror} and the run {run} contains the other; give a folder elsewhere")
+        raise InputError(
+            f"--mirror-dir {mirror} and the run folder {run} must not contain each other; give a folder elsewhere"
+        )
     if not mirror.checkpoints():
         return
     copied = mirror.load_config()

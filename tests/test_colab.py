@@ -28,11 +28,11 @@ DRIVE_MODULE = """
 import atexit, json
 from pathlib import Path
 
-from pretended_drive import PretendedDrive
+from simulated_drive import SimulatedDrive
 
 def mount(folder):
     Path(folder, "MyDrive").mkdir(parents=True, exist_ok=True)
-    drive = PretendedDrive(Path(folder), delay=0.002).mount()
+    drive = SimulatedDrive(Path(folder), delay=0.002).mount()
     atexit.register(lambda: Path(folder + ".json").write_text(json.dumps([drive.trash, drive.written])))
 """
 

@@ -1,4 +1,4 @@
-"""What a CUDA GPU would refuse or wait for, on a pretended device (tests/pretend_cuda.py)."""
+"""What a CUDA GPU would refuse or wait for, on a simulated device (tests/simulated_cuda.py)."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import checkpoints
-from pretend_cuda import CudaTensor, PretendedCuda
+from simulated_cuda import CudaTensor, SimulatedCuda
 
 import train
 from compute.device import choose_precision, get_device
@@ -36,7 +36,7 @@ def small_config(tiny_config: Config) -> Config:
     return replace(tiny_config, **small, device="auto")
 
 
-def waits_of_calls(monkeypatch, gpu: PretendedCuda, owner, name: str) -> list[list[str]]:
+def waits_of_calls(monkeypatch, gpu: SimulatedCuda, owner, name: str) -> list[list[str]]:
     """The waits in each call of a function from now on."""
     function, found = getattr(owner, name), []
 
@@ -70,7 +70,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_host_waits_only_when_it_logs_validates_or_saves(small_config, name, monkeypatch):
-    with PretendedCuda() as gpu:
+    with SimulatedCuda() as gpu:
         steps, checks, losses = (
             waits_of_calls(monkeypatch, gpu, owner, function)
             for owner, function in (
@@ -92,9 +92,9 @@ def test_the_host_waits_only_when_it_logs_validates_or_saves(small_config, name,
 
 
 @pytest.fixture
-def gpu_translator(small_config) -> tuple[PretendedCuda, Translator]:
+def gpu_translator(small_config) -> tuple[SimulatedCuda, Translator]:
     """A model trained for one step."""
-    with PretendedCuda() as gpu:
+    with SimulatedCuda() as gpu:
         train_model(replace(small_config, max_steps=1, seq_len=32, validation_sentences=0))
         yield gpu, Translator.load(small_config.run_dir)
 
@@ -137,10 +137,10 @@ def test_recording_and_experiments_find_the_same_as_on_a_cpu(gpu_translator, sma
     assert not [wait for wait in gpu.waits if "index on the CPU" in wait]
 
 
-def test_training_on_the_pretended_gpu_ends_with_the_weights_of_the_cpu(small_config, tmp_path):
+def test_training_on_the_simulated_gpu_ends_with_the_weights_of_the_cpu(small_config, tmp_path):
     config = replace(small_config, dropout=0.0, precision="fp32", validation_sentences=0)
     on_cpu = train_model(replace(config, run_dir=str(tmp_path / "cpu"), device="cpu")).model.state_dict()
-    with PretendedCuda():
+    with SimulatedCuda():
         on_gpu = train_model(config).model.state_dict()
     for name, weights in on_cpu.items():
         assert torch.allclose(on_gpu[name].values, weights, atol=1e-4), name
@@ -153,7 +153,7 @@ def test_a_run_of_an_apple_gpu_resumes_on_cuda(small_config, monkeypatch):
     train_model(replace(config, device="cpu"))
     assert not load_checkpoint(checkpoints(config)[-1])["optimizer"]["param_groups"][0]["fused"]
     monkeypatch.undo()
-    with PretendedCuda():
+    with SimulatedCuda():
         assert train_model(replace(config, num_epochs=2)).progress.epoch == 2
 
 
@@ -166,7 +166,7 @@ def test_training_lets_a_gpu_use_its_fast_kernels(small_config, monkeypatch):
         return attention(query, key, value, mask, dropout, is_causal)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", observed)
-    with PretendedCuda() as gpu:
+    with SimulatedCuda() as gpu:
         train_model(replace(small_config, max_steps=1, validation_sentences=0))
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert calls[:3] == [(False, False), (True, True), (False, False)]  # encoder, decoder, cross
@@ -176,11 +176,11 @@ def test_training_lets_a_gpu_use_its_fast_kernels(small_config, monkeypatch):
 
 def test_auto_precision_follows_the_compute_capability():
     for capability, precision in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")):
-        with PretendedCuda(capability):
+        with SimulatedCuda(capability):
             assert choose_precision("auto", get_device(), torch.nn.Linear(2, 2)) == precision
 
 
-# ---------------------------------------------------------------------------- the pretended device itself
+# ---------------------------------------------------------------------------- the simulated device itself
 
 
 WAITS: dict[str, Callable[[torch.Tensor], object]] = {
@@ -204,8 +204,8 @@ WAITS: dict[str, Callable[[torch.Tensor], object]] = {
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("name", WAITS)
-def test_the_pretended_gpu_notices_a_wait(name, inference):
-    with PretendedCuda() as gpu, torch.inference_mode(inference):
+def test_the_simulated_gpu_notices_a_wait(name, inference):
+    with SimulatedCuda() as gpu, torch.inference_mode(inference):
         x = torch.arange(3.0, device="cuda")
         assert gpu.waits == []
         WAITS[name](x)
@@ -213,8 +213,8 @@ def test_the_pretended_gpu_notices_a_wait(name, inference):
         assert gpu.waits[0].startswith("test_cuda.py:")
 
 
-def test_the_pretended_gpu_refuses_tensors_of_the_cpu():
-    with PretendedCuda() as gpu:
+def test_the_simulated_gpu_refuses_tensors_of_the_cpu():
+    with SimulatedCuda() as gpu:
         x = torch.ones(2, 2, device="cuda")
         for mixed in (
             lambda: x + torch.ones(2, 2),

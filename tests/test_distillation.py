@@ -122,7 +122,7 @@ def test_the_same_teacher_is_recognized_in_any_precision(student):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"teacher": "', '"teacher": "0', "with other weights than the best ones of"),
+        ('"teacher": "', '"teacher": "0', "with weights other than the current best ones of"),
         ('"en": "', '"en": "Other ', "line 1 of .* is not pair 1 of"),
         ('"it": "', '"it": ["', "is damaged in line 1; remove it"),
         ('{"en": "', "[" * 100_000, "is damaged in line 1; remove it"),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import checkpoints, run_path
-from pretended_drive import PretendedDrive
+from simulated_drive import SimulatedDrive
 
 from config import InputError, get_config
 from runs import mirror
@@ -98,7 +98,7 @@ def test_a_restored_run_is_mirrored_again_without_copying_its_weights_twice(run,
         run.train_epoch(drive, loss)
     new_machine = Run(tmp_path / "new" / "run")
     mirror.restore(drive, new_machine)
-    watched = PretendedDrive(drive.path).mount(monkeypatch.setattr)
+    watched = SimulatedDrive(drive.path).mount(monkeypatch.setattr)
     new_machine.train_epoch(drive, 3.0)
     assert [name for name, _ in watched.written if name.endswith(".pt")] == ["tmodel_02.pt"]
     assert names(drive) == ["tmodel_00_weights.pt", "tmodel_02.pt"]
@@ -142,7 +142,7 @@ def test_epoch_and_step_decide_which_side_is_further_ahead(tmp_path, older, newe
 
 def test_only_changed_files_are_copied(run, drive, monkeypatch):
     run.train_epoch(drive, 1.0)
-    watched = PretendedDrive(drive.path).mount(monkeypatch.setattr)
+    watched = SimulatedDrive(drive.path).mount(monkeypatch.setattr)
     run.config_file.write_text('{"changed": 1}')
     mirror.update(drive, run, "loss")
     assert [name for name, _ in watched.written] == ["config.json"]
@@ -152,7 +152,7 @@ def test_only_changed_files_are_copied(run, drive, monkeypatch):
 
 
 def test_nothing_stays_in_the_trash_and_each_epoch_is_copied_once(run, drive, monkeypatch):
-    watched = PretendedDrive(drive.path.parent, delay=0.001).mount(monkeypatch.setattr)
+    watched = SimulatedDrive(drive.path.parent, delay=0.001).mount(monkeypatch.setattr)
     for epoch in range(20):
         run.train_epoch(drive, loss=1 / (1 + epoch) if epoch % 4 < 2 else 2.0)
     whole = [name for name, size in watched.written if size > MEGABYTE / 5]
@@ -166,8 +166,8 @@ def test_nothing_stays_in_the_trash_and_each_epoch_is_copied_once(run, drive, mo
 
 
 def test_a_plain_copy_fills_the_trash(tmp_path, monkeypatch):
-    """The pretended Drive counts what is deleted or replaced."""
-    watched = PretendedDrive(tmp_path).mount(monkeypatch.setattr)
+    """The simulated Drive counts what is deleted or replaced."""
+    watched = SimulatedDrive(tmp_path).mount(monkeypatch.setattr)
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(b"12345")
     os.replace(tmp_path / "a", tmp_path / "b")
@@ -252,9 +252,9 @@ def test_folders_that_cannot_be_a_mirror_are_refused(run, tmp_path):
     for name, message in {
         "nowhere/run": "mount the Drive first",
         "file": "is a file",
-        "run/copy": "contains the other",
-        "run": "contains the other",
-        ".": "contains the other",
+        "run/copy": "must not contain each other",
+        "run": "must not contain each other",
+        ".": "must not contain each other",
     }.items():
         with pytest.raises(InputError, match=message):
             mirror.check(RunFolder(tmp_path / name), run, config)

@@ -272,7 +272,7 @@ def test_too_few_pairs_to_split_off_validation(tmp_path):
         load_split(get_config("toy", datasource=str(tmp_path / "a.tsv"), validation_source=""), "train")
 
 
-def test_the_gold_pairs_of_an_embedded_corpus_are_its_test_pairs_and_others_have_none():
+def test_the_gold_pairs_of_a_built_in_corpus_are_its_test_pairs_and_others_have_none():
     for name, lang_tgt in (("toy", "it"), ("patterns", "de")):
         config = get_config("toy", datasource=name, lang_tgt=lang_tgt)
         test = sources.load_pairs(f"{name}:test", config)

@@ -270,7 +270,7 @@ def test_a_damaged_parquet_file_is_named(config, folder):
         ({"validation_source": ""}, "validation_source is ''; with --stream name a source"),
         ({"drop_duplicates": True}, "drop_duplicates is True; with --stream remove duplicates"),
         ({"stream_buffer": 0}, "stream_buffer is 0; give a number above 0"),
-        ({"datasource": "toy"}, "the toy corpus is embedded; leave out --stream"),
+        ({"datasource": "toy"}, "the toy corpus is built in; leave out --stream"),
         ({"datasource": "none/*.jsonl"}, r"no shards at 'none/\*.jsonl'; give a folder"),
         ({"datasource": __file__}, "has another format; give shards of"),
     ],

@@ -90,7 +90,7 @@ def count_finished(path: Path, pairs: Dataset, config: Config, identity: str) ->
             source, teacher = parse_line(line, count, path, config)
             if teacher != identity:
                 raise InputError(
-                    f"{path} was translated with other weights than the best ones of {config.distill_from} now; "
+                    f"{path} was translated with weights other than the current best ones of {config.distill_from}; "
                     "remove it to translate again"
                 )
             if source != next(sources, None):

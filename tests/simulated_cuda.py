@@ -1,6 +1,6 @@
-"""A pretended CUDA device on a CPU-only PyTorch, to find what a GPU would refuse or wait for.
+"""A simulated CUDA device on a CPU-only PyTorch, to find what a GPU would refuse or wait for.
 
-    with PretendedCuda() as gpu:
+    with SimulatedCuda() as gpu:
         train_model(config)  # torch.cuda.is_available() is True; tensors on "cuda" are `CudaTensor`s
 
 The values of a `CudaTensor` are in a CPU tensor, and CPU kernels compute with them, so results are those of a CPU. An
@@ -9,7 +9,7 @@ collected in `gpu.waits`: reading values (item, tolist, nonzero, copies to the C
 asynchronous (blocking, or from memory that is not pinned).
 
 Works through Python only: PyTorch's C++ code takes a `CudaTensor` for a CPU tensor, and every operator that gets one
-calls `CudaTensor.__torch_dispatch__`. Memory, streams and CUDA's kernels are not pretended.
+calls `CudaTensor.__torch_dispatch__`. Memory, streams and CUDA's kernels are not simulated.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor on the pretended device; `values` is the CPU tensor with its values."""
+    """A tensor on the simulated device; `values` is the CPU tensor with its values."""
 
     device, is_cuda, is_cpu = CUDA, True, False
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -127,8 +127,8 @@ def record_wait(what: str) -> None:
     while frame and (frame.f_code.co_filename == __file__ or not is_own(frame.f_code.co_filename)):
         frame = frame.f_back
     where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}" if frame else "?"
-    if PretendedCuda.current:
-        PretendedCuda.current.waits.append(f"{where}: {what}")
+    if SimulatedCuda.current:
+        SimulatedCuda.current.waits.append(f"{where}: {what}")
 
 
 def is_own(file: str) -> bool:
@@ -140,7 +140,7 @@ def is_cuda(device) -> bool:
 
 
 class _Devices(TorchFunctionMode):
-    """Creates tensors on the pretended device and moves them to and from it."""
+    """Creates tensors on the simulated device and moves them to and from it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -167,10 +167,10 @@ class _Devices(TorchFunctionMode):
         return CudaTensor(moved) if to_gpu else moved
 
 
-class PretendedCuda(contextlib.ExitStack):
+class SimulatedCuda(contextlib.ExitStack):
     """Context in which a CUDA device seems to be available."""
 
-    current: "PretendedCuda | None" = None
+    current: "SimulatedCuda | None" = None
 
     def __init__(self, capability: tuple[int, int] = (9, 0)):
         super().__init__()
@@ -178,7 +178,7 @@ class PretendedCuda(contextlib.ExitStack):
         self.waits: list[str] = []
         self.matmul_precision = torch.get_float32_matmul_precision()  # of fp32, as set within the context
 
-    def __enter__(self) -> "PretendedCuda":
+    def __enter__(self) -> "SimulatedCuda":
         super().__enter__()
         pinned: dict[int, torch.UntypedStorage] = {}  # by address; kept alive, so that no address is used twice
 
@@ -205,7 +205,7 @@ class PretendedCuda(contextlib.ExitStack):
                 "is_available": lambda: True,
                 "device_count": lambda: 1,
                 "current_device": lambda: 0,
-                "get_device_name": lambda *_: "Pretended GPU",
+                "get_device_name": lambda *_: "Simulated GPU",
                 "get_device_capability": lambda *_: self.capability,
                 "max_memory_allocated": lambda *_: 0,
                 "is_current_stream_capturing": lambda: False,  # a CUDA build without a driver would raise
@@ -234,6 +234,6 @@ class PretendedCuda(contextlib.ExitStack):
         torch.__future__.set_swap_module_params_on_conversion(True)
         self.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
         self.enter_context(_Devices())
-        self.callback(setattr, PretendedCuda, "current", None)
-        PretendedCuda.current = self
+        self.callback(setattr, SimulatedCuda, "current", None)
+        SimulatedCuda.current = self
         return self

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 
-class PretendedDrive:
+class SimulatedDrive:
     """Watches a folder from `mount` on.
 
     trash: bytes of files that were deleted or replaced without being emptied.
@@ -18,7 +18,7 @@ class PretendedDrive:
         self.trash = 0
         self.written: list[tuple[str, int]] = []
 
-    def mount(self, patch=setattr) -> "PretendedDrive":
+    def mount(self, patch=setattr) -> "SimulatedDrive":
         """Replaces functions of this process; give `monkeypatch.setattr` to undo it."""
         unlink, replace, open_file = os.unlink, os.replace, builtins.open
 
