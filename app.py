@@ -33,7 +33,7 @@ from interpret.stage import BEAM_SIZES, MODES, PANELS, Stage
 from interpret.stage_view import LoadedRun, View
 from interpret.theme import PALETTES, Palette, vega_config
 from interpret.trace import KIND_NAMES, KINDS, AttentionTrace
-from runs.folder import RunFolder
+from runs.folder import RunFolder, whole
 
 SECONDS_PER_STEP = 1.1  # of the film
 PAUSE = "200ms"  # in typing, after which the sentence is translated
@@ -199,7 +199,7 @@ def choose_run() -> tuple[LoadedRun, tuple, st.delta_generator.DeltaGenerator]:
     if st.session_state.stage.run not in runs:
         update(run=next(iter(runs)))
     folder = runs[st.session_state.stage.run]
-    epochs = [str(int(path.stem.rpartition("_")[2])) for path in folder.epoch_checkpoints()]
+    epochs = list(dict.fromkeys(str(int(whole(path).stem.rpartition("_")[2])) for path in folder.epoch_checkpoints()))
     weights = ["best"] if folder.exported_weights.is_file() else ["best", "latest", *epochs]
     if st.session_state.stage.weights not in weights:
         update(weights="best")

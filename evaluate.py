@@ -19,7 +19,7 @@ import tyro
 from corpora.files import check_aligned, read_text_file
 from corpora.sources import load_split
 from runs.files import check_outputs, output_file
-from translate import Runs, Weights, blank_long, check_search, load_translators, repeat_run_dir
+from translate import Runs, Weights, blank_long, check_search, load_translators, one_line, repeat_run_dir
 
 
 def score(
@@ -106,12 +106,14 @@ def main(
     name = source or f"{split} split"
     if not sources:
         raise InputError(f"{name} contains no sentences; give a file or split with at least one")
+    if not any(map(str.strip, references)):
+        raise InputError(f"all references of {reference or name} are blank; give a file or split with translations")
     start = time.perf_counter()
     predicted = translator.translate(blank_long(translator, sources), beam_size, length_penalty, show_progress=True)
     seconds = time.perf_counter() - start
     if output:
         with output_file(output) as file:
-            file.write_text("".join(f"{line}\n" for line in predicted), encoding="utf8")
+            file.write_text("".join(f"{one_line(text)}\n" for text in predicted), encoding="utf8")
     scores = score(predicted, references, bleu_tokenizer, warn_tokenized=bleu_tokenizer != "none")
     details = {
         "run": str(translator.folder),

@@ -28,7 +28,7 @@ from interpret.study import STUDY, study
 from interpret.text import findings_text, step_table_text, variants_text
 from interpret.trace import AttentionTrace, record_trace
 from runs.files import check_outputs, output_file
-from translate import Translator
+from translate import Translator, blank_long
 
 # ---------------------------------------------------------------------------- one sentence
 
@@ -162,7 +162,7 @@ def main(
     if heads or split:
         pairs = load_split(translator.config, split or "validation")
         pairs = pairs.select(range(min(sentences, len(pairs))))
-        sources, references = list(pairs["src"]), list(pairs["tgt"])
+        sources, references = blank_long(translator, pairs["src"][:]), list(pairs["tgt"])
         if split:
             table = table.merge(measure(translator, sources, references, variants), on="variant")
         if heads:

@@ -303,7 +303,8 @@ def save(
     saved = state.state_dict() | ({"stream": train.state_dict()} if config.stream else {})
     if distributed.is_first():
         tokenizers = [folder.tokenizer_file(lang).read_text("utf8") for lang in (config.lang_src, config.lang_tgt)]
-        folder.save({**saved, **constants, "config": asdict(config), "tokenizers": tokenizers})
+        complete = {**saved, **constants, "config": asdict(config), "tokenizers": tokenizers}
+        folder.save(complete, config.best_by)
         update_mirror(config, folder, log)
     distributed.broadcast(None)  # the others wait here, where they may wait for long, rather than in the next step
 
@@ -377,7 +378,8 @@ def train_model(config: Config) -> TrainingState:
         log = TrainingLog(folder, state.progress.step, state.scaler)
         resources.callback(log.close)
         translator = Translator(state.evaluated_model, config, *tokenizers)
-        if state.progress.step and state.progress.batch == 0:  # perhaps killed between saving and validating
+        is_end = state.progress.batch == 0 or is_finished(state.progress, config)
+        if state.progress.step and is_end:  # perhaps killed between saving and validating
             validate(config, folder, state, translator, validation, precision, log)
 
         # Train

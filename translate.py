@@ -195,6 +195,14 @@ class Translator:
             )
         return ids
 
+    def fits(self, sentence: str) -> bool:
+        """Whether a sentence has at most `seq_len` tokens."""
+        try:
+            self.encode(sentence)
+        except InputError:
+            return False
+        return True
+
     def unknown_words(self, sentence: str) -> list[str]:
         """The words of a sentence that are not in the source vocabulary; with a BPE tokenizer none."""
         encoding = self.tokenizer_src.encode(sentence)
@@ -486,7 +494,7 @@ def find_aligner(translator: Translator, sentences: list[str]) -> tuple[Aligner,
 
 def chosen_aligner(translator: Translator, sentences: int = 200) -> Aligner:
     """The aligner of a run, chosen on the first validation sentences; the choice is printed to stderr."""
-    texts = list(load_split(translator.config, "validation")["src"][:sentences])
+    texts = list(filter(translator.fits, load_split(translator.config, "validation")["src"][:sentences]))
     aligner, consistency = find_aligner(translator, texts)
     heads = "head" if len(aligner.heads) == 1 else "the mean of heads"
     names = ", ".join(f"{layer}.{head}" for layer, head in aligner.heads)
@@ -522,7 +530,7 @@ def translate_lines(
 ) -> Iterator[str]:
     """Translations of the lines, in order, `chunk` lines at a time; lines that exceed `seq_len` become blank."""
     for _, readable in readable_chunks(translator, lines, chunk):
-        yield from translator.translate(readable, beam_size, length_penalty)
+        yield from map(one_line, translator.translate(readable, beam_size, length_penalty))
 
 
 def n_best_lines(
@@ -533,8 +541,13 @@ def n_best_lines(
         found = translator.hypotheses(readable, beam_size, length_penalty, n_best)
         for number, hypotheses in enumerate(found, start=start + 1):
             for h in hypotheses:
-                text = translator.tokenizer_tgt.decode(h.ids)
+                text = one_line(translator.tokenizer_tgt.decode(h.ids))
                 yield f"{number}\t{h.score:.4f}\t{h.log_probability:.4f}\t{text}"
+
+
+def one_line(text: str) -> str:
+    """The text with spaces for line breaks and tabs, which a model may have learned from its corpus."""
+    return text.translate(str.maketrans("\n\r\t", "   "))
 
 
 def readable_chunks(translator: Translator, lines: Iterable[str], chunk: int) -> Iterator[tuple[int, list[str]]]:

@@ -305,6 +305,10 @@ def text_of(row: dict, lang: str, where: str) -> str:
     text = texts[lang]
     if not isinstance(text, str | None):
         raise InputError(f"{where}: {lang} is {text!r}; give a string")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:  # JSON allows \ud83d, one half of an emoji
+        raise InputError(f"{where}: {lang} is not valid Unicode ({error.reason}); fix or remove the row") from None
     return text or ""
 
 

@@ -159,13 +159,15 @@ def input_as_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
 
 
 def encoder_as_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """For the decoder: the encoder output at the same position, (B, S, D) -> (B, T, D).
+    """For the decoder: the encoder output at the same position, (B, S, D) -> (B W, T, D).
 
-    Where the source is shorter than the target, its last position is repeated.
+    Where the source is shorter than the target, its last position is repeated. All W hypotheses have the same source.
     """
-    encoded = inputs[1]
-    positions = torch.arange(output.size(1), device=output.device).clamp(max=encoded.size(1) - 1)
-    return encoded[:, positions]
+    _, encoded, src_mask, *_ = inputs
+    last = src_mask.flatten(1).sum(1, keepdim=True) - 1  # (B, 1, 1, S) -> (B, 1), before the padding
+    positions = torch.arange(output.size(1), device=output.device).minimum(last)  # (B, T)
+    copied = encoded.gather(1, positions.unsqueeze(-1).expand(-1, -1, encoded.size(-1)))  # (B, T, D)
+    return copied.repeat_interleave(len(output) // len(encoded), 0)
 
 
 def blocks_of(model: Transformer, stack: str, layer: int | None = None) -> list[nn.Module]:

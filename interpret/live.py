@@ -251,7 +251,8 @@ def gradient_times_input(
     encoded = model.encoder(model.src_pos(embeddings[0]), mask)
     x = model.decoder(model.tgt_pos(embeddings[1]), encoded, mask, causal_mask(target.size(1), source.device))
     log_p = model.project(x)[0, step].float().log_softmax(-1)[[*scene.ids, EOS][step]]
-    gradients = torch.autograd.grad(log_p, embeddings)
+    # A changed model may not depend on one of the two: its gradient is 0.
+    gradients = torch.autograd.grad(log_p, embeddings, allow_unused=True, materialize_grads=True)
     return tuple((x * g).sum(-1)[0].detach().cpu().numpy() for x, g in zip(embeddings, gradients, strict=True))
 
 

@@ -73,13 +73,22 @@ class LoadedRun:
 
 
 def first_pairs(translator: Translator) -> list[tuple[str, str]]:
-    """The first validation pairs that are short enough, or an example if the corpus is not on this machine."""
+    """The first validation pairs that are short enough.
+
+    An example if there are none, or the corpus is not on this machine.
+    """
     try:
-        split = load_split(translator.config, "validation")
+        split = load_split(translator.config, "validation")[: 4 * SCORECARD_PAIRS]
     except (InputError, OSError):
-        return [(EXAMPLE, translator.translate([EXAMPLE])[0])]
-    pairs = [(pair["src"], pair["tgt"]) for pair in split.select(range(min(4 * SCORECARD_PAIRS, len(split))))]
-    return [pair for pair in pairs if max(len(text.split()) for text in pair) <= 20][:SCORECARD_PAIRS] or pairs[:1]
+        split = {"src": [], "tgt": []}
+    pairs = [pair for pair in zip(split["src"], split["tgt"], strict=True) if is_short(translator, *pair)]
+    return pairs[:SCORECARD_PAIRS] or [(EXAMPLE, translator.translate([EXAMPLE])[0])]
+
+
+def is_short(translator: Translator, source: str, target: str) -> bool:
+    """Whether both sides have 1 to 20 words, and no more tokens than the model can read."""
+    fits = translator.fits(source) and len(translator.tokenizer_tgt.encode(target)) < translator.config.seq_len
+    return fits and all(0 < len(text.split()) <= 20 for text in (source, target))
 
 
 # ---------------------------------------------------------------------------- the view

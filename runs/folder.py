@@ -258,13 +258,16 @@ class RunFolder:
 
     # ------------------------------------------------------------------------ writing checkpoints
 
-    def save(self, state: dict) -> Path:
-        """Writes a checkpoint and returns its path. Removes all within epochs except this one and the one before it."""
+    def save(self, state: dict, best_by: str = "loss") -> Path:
+        """Writes a checkpoint and returns its path.
+
+        Removes all within epochs except this one, the one before it, and the best of the run if it is one of them.
+        """
         path = self.checkpoint(**state["progress"])
         save_checkpoint(path, {**state, "run_id": self.run_id})
         within_epoch = [file for file in self.checkpoints() if not ends_epoch(file)]
         position = within_epoch.index(path) if path in within_epoch else -1
-        keep = within_epoch[max(0, position - 1) : position + 1]
+        keep = [*within_epoch[max(0, position - 1) : position + 1], self.best_first(best_by)[0]]
         for old in within_epoch:
             if old not in keep:
                 old.unlink(missing_ok=True)

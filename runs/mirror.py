@@ -30,12 +30,16 @@ from runs.files import temporary_path
 from runs.folder import WEIGHTS_ONLY, RunFolder, checkpoint_age, ends_epoch, has_weights_only, warn_skipped, whole
 
 TRAINER = uuid4().hex  # this process, in the mirrors that it writes
+OLD = ".old.tmp"  # ending of a file that is being replaced, until its successor has the final name
 
 # ---------------------------------------------------------------------------- before training
 
 
 def check(mirror: RunFolder, run: RunFolder, config: Config) -> None:
-    """Raises InputError if the run cannot be mirrored there, or if another one would be lost. Changes nothing."""
+    """Raises InputError if the run cannot be mirrored there, or if another one would be lost.
+
+    Changes nothing but to undo replacements that a killed process had begun.
+    """
     path, own = mirror.path.resolve(), run.path.resolve()
     parent = mirror.path.absolute().parent
     if not parent.is_dir():
@@ -46,6 +50,7 @@ def check(mirror: RunFolder, run: RunFolder, config: Config) -> None:
         raise InputError(
             f"--mirror-dir {mirror} and the run folder {run} must not contain each other; give a folder elsewhere"
         )
+    recover(mirror)
     if not mirror.checkpoints():
         return
     copied = mirror.load_config()
@@ -78,23 +83,34 @@ def have_diverged(mirror: RunFolder, run: RunFolder) -> bool:
 def restore(mirror: RunFolder, run: RunFolder) -> bool:
     """Copies the mirror to the run's folder if its newest checkpoint is later, as on a new machine; returns whether.
 
-    Checkpoints that are damaged in the mirror are skipped with a warning. Raises InputError if files cannot be copied.
+    A damaged checkpoint of the run counts as missing, and is replaced. Checkpoints that are damaged in the mirror are
+    skipped with a warning. Raises InputError if files cannot be copied.
     """
-    copies, own = mirror.checkpoints(), run.checkpoints()
-    if not copies or (own and checkpoint_age(own[-1]) >= checkpoint_age(copies[-1])):
+    copies, own = mirror.checkpoints(), next(filter(is_intact, reversed(run.checkpoints())), None)
+    if not copies or (own and checkpoint_age(own) >= checkpoint_age(copies[-1])):
         return False
     try:
         for path in mirror.other_files():
             copy_if_changed(path, run.path / path.relative_to(mirror.path))
         for path in copies:
-            if has_weights_only(path) and (run.path / whole(path).name).is_file():
+            if has_weights_only(path) and is_intact(run.path / whole(path).name):
                 continue
+            target = run.path / path.name
             try:
-                copy_if_changed(path, run.path / path.name)
+                copy_if_changed(path, target) if is_intact(target) else copy_file(path, target)
             except DamagedCheckpoint as error:
                 warn_skipped(path, error)
     except OSError as error:
         raise InputError(f"cannot restore the run from {mirror} ({error}); fix it, or omit --mirror-dir") from None
+    return True
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file is a checkpoint that matches its checksum."""
+    try:
+        verify(path)
+    except (DamagedCheckpoint, OSError):
+        return False
     return True
 
 
@@ -205,7 +221,7 @@ def has_same_time(path: Path, copy: Path) -> bool:
 def copy_file(source: Path, target: Path) -> None:
     """Copies to a temporary name, verifies the copy of a checkpoint, then renames it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = temporary_path(target), temporary_path(target).with_suffix(".old.tmp")
+    temporary, old = temporary_path(target), temporary_path(target).with_suffix(OLD)
     try:
         shutil.copy2(source, temporary)
         if source.suffix == ".pt":
@@ -214,8 +230,23 @@ def copy_file(source: Path, target: Path) -> None:
             os.replace(target, old)
         os.replace(temporary, target)
     finally:
+        put_back(old, target)
         discard(temporary)
         discard(old)
+
+
+def put_back(old: Path, target: Path) -> None:
+    """Undoes a replacement that failed, or whose process was killed, between its two renames."""
+    if old.is_file() and not target.exists():
+        os.replace(old, target)
+
+
+def recover(mirror: RunFolder) -> None:
+    """Puts back every file that a killed process had moved to replace it."""
+    for folder in (mirror.path, mirror.tensorboard):
+        for old in folder.glob(f".*{OLD}"):
+            name = old.name.removeprefix(".").removesuffix(OLD).rpartition(".")[0]  # .NAME.PID.old.tmp
+            put_back(old, old.with_name(name))
 
 
 def discard(path: Path) -> None:

@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -90,6 +92,20 @@ def train_one_epoch(folder: Path, lang_tgt: str) -> Path:
 def trained_run(tmp_path_factory) -> Path:
     """An English-Italian run of one epoch, shared by all tests that need a trained model (about 15 s)."""
     return train_one_epoch(tmp_path_factory.mktemp("trained") / "run", "it")
+
+
+@pytest.fixture
+def run_with_odd_pairs(tmp_path: Path) -> Path:
+    """A trained run whose corpus has a blank sentence and one that is too long."""
+    pairs = tmp_path / "odd.tsv"
+    pairs.write_text(f"I sleep.\tDormo.\n\tDormo.\n{'I sleep. ' * 100}\tDormo.\n", encoding="utf8")
+    run = tmp_path / "odd_run"
+    shutil.copytree(ROOT / "pretrained" / "toy.en-it", run)
+    (run / "model.safetensors.sha256").unlink()
+    config = json.loads((run / "config.json").read_text(encoding="utf8"))
+    config |= dict.fromkeys(("datasource", "validation_source", "test_source"), str(pairs))
+    (run / "config.json").write_text(json.dumps(config), encoding="utf8")
+    return run
 
 
 @pytest.fixture(scope="session")

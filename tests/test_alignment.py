@@ -86,3 +86,8 @@ def test_the_command_prints_links_between_words_and_a_blank_line_for_a_blank_one
     with pytest.raises(InputError, match="omit --n-best 2"):
         main("She sleeps.", run_dir=(str(trained_run),), alignments=True, n_best=2, beam_size=2)
     assert chosen_aligner(Translator.load(trained_run, "cpu"), 20).shift in (0, 1)
+
+
+def test_heads_are_chosen_without_validation_sentences_that_are_too_long(run_with_odd_pairs, capsys):
+    assert chosen_aligner(Translator.load(run_with_odd_pairs, "cpu")).heads
+    assert "over 2 validation sentences" in capsys.readouterr().err

@@ -24,6 +24,8 @@ from dataset import SOS
 from interpret.stage import Stage
 from interpret.theme import DARK, LIGHT
 from interpret.trace import merge_bytes, record_trace, recorded_pass
+from runs.checkpoint import load_checkpoint, save_checkpoint, without_optimizer
+from runs.folder import RunFolder
 from train import train_model
 from translate import Translator
 
@@ -86,6 +88,19 @@ def test_without_a_trained_run_the_app_offers_the_pretrained_ones(tmp_path, monk
     assert weights.options == ["best"]
 
 
+@pytest.mark.slow
+def test_a_run_restored_from_a_mirror_can_be_opened(trained_run, tmp_path, monkeypatch):
+    run = tmp_path / "weights" / "restored"
+    shutil.copytree(trained_run, run)
+    for path in RunFolder(run).epoch_checkpoints():
+        save_checkpoint(path.with_stem(f"{path.stem}_weights"), without_optimizer(load_checkpoint(path)))
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    app = AppTest.from_file(ROOT / "app.py", default_timeout=120).run()
+    assert not app.exception
+    assert app.selectbox[1].options == ["best", "latest", "epoch 0"]
+
+
 @pytest.fixture
 def app(workplace, monkeypatch) -> AppTest:
     monkeypatch.chdir(workplace)
@@ -122,8 +137,13 @@ def test_steps_and_search_change_the_stage(app):
 
 @pytest.mark.slow
 def test_every_kind_panel_and_kind_of_change_can_be_shown(app):
+    shown = [
+        ("Change the model", ("no positions",)),
+        ("Beam search", ("decoder: source copied",)),
+        ("Inside the head", ("decoder: no cross-attention",)),
+    ]
     for kind in ("encoder", "decoder", "cross"):
-        for panel, changes in (("Change the model", ("no positions",)), ("Beam search", ()), ("Inside the head", ())):
+        for panel, changes in shown:
             app.session_state["stage"] = Stage(
                 run=stage_of(app).run, heads=("0.1", "1.2"), kind=kind, panel=panel, changes=changes, beam=3, row=99
             )

@@ -75,6 +75,15 @@ def test_the_translations_are_saved_one_per_line(trained_run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_translation_is_saved_in_one_line_even_if_it_has_line_breaks(trained_run, tmp_path, monkeypatch):
+    (tmp_path / "a.en").write_text("I sleep.\nWe sleep.\n")
+    (tmp_path / "a.it").write_text("Dormo.\nDormiamo.\n")
+    monkeypatch.setattr(Translator, "translate", lambda _, lines, *__, **___: [f"{line}\nand\tmore" for line in lines])
+    monkeypatch.chdir(tmp_path)
+    main(run_dir=(str(trained_run),), device="cpu", source="a.en", reference="a.it", output="a.out")
+    assert (tmp_path / "a.out").read_text() == "I sleep. and more\nWe sleep. and more\n"
+
+
 def test_a_sentence_longer_than_seq_len_counts_as_a_blank_translation(trained_run, tmp_path, capsys):
     (tmp_path / "a.en").write_text("She sleeps.\n" + "I " * 80 + "\n")
     (tmp_path / "a.it").write_text("Dorme.\nIo\n")
@@ -92,6 +101,7 @@ def test_a_sentence_longer_than_seq_len_counts_as_a_blank_translation(trained_ru
         ({"source": "a.en", "reference": "none.it"}, "none.it"),
         ({"source": "a.en", "reference": "b.it"}, "2 lines and b.it has 1"),
         ({"source": "empty", "reference": "empty"}, "empty contains no sentences"),
+        ({"source": "b.it", "reference": "blank"}, "all references of blank are blank"),
         ({"beam_size": 0}, "--beam-size is 0"),
         ({"length_penalty": -1.0}, "--length-penalty is -1"),
         ({"weights": "7"}, r"no weights '7' in .*one of tmodel_00\.pt"),
@@ -105,5 +115,6 @@ def test_bad_arguments_raise_one_line(trained_run, tmp_path, monkeypatch, flags,
     (tmp_path / "a.en").write_text("1\n2\n")
     (tmp_path / "b.it").write_text("1\n")
     (tmp_path / "empty").touch()
+    (tmp_path / "blank").write_text("\n")
     with pytest.raises(InputError, match=message):
         main(run_dir=(str(trained_run),), **flags)

@@ -18,6 +18,7 @@ from corpora.sources import load_split
 from dataset import PAD, padding_mask
 from interpret import charts, interventions, page, text
 from interpret.interventions import VARIANTS, head_off, intervene, zero
+from interpret.study import STUDY
 from interpret.trace import KINDS, record_trace
 from model import build_transformer, causal_mask
 from translate import Translator
@@ -135,6 +136,21 @@ def test_variant_changes_the_output_and_restores_the_model(translator, variant):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", [*VARIANTS, *STUDY], ids=lambda variant: variant.name)
+def test_a_variant_translates_a_sentence_alone_and_in_a_batch_alike(variant):
+    translator = Translator.load(ROOT / "pretrained" / "toy.en-de", "cpu")
+    sources = ["We sleep.", "My sister must not drink the old wine with her friends.", SENTENCE]
+    with variant.apply(translator.model):
+        for beam_size in (1, 2):
+            alone = [translator.translate([source], beam_size, use_cache=False)[0] for source in sources]
+            assert translator.translate(sources, beam_size, use_cache=False) == alone
+
+
+def test_sentences_of_a_split_that_are_too_long_count_as_blank(run_with_odd_pairs, capsys):
+    e.main("I sleep.", run_dir=str(run_with_odd_pairs), split="validation", device="cpu")
+    assert "line 3 is left blank" in capsys.readouterr().err
+
+
 def test_model_is_restored_after_an_error(translator):
     plain = outputs(translator)
     with pytest.raises(RuntimeError), interventions.without_sublayers(translator.model, "decoder", ["cross_attention"]):

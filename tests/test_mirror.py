@@ -124,6 +124,22 @@ def test_within_an_epoch_the_newest_and_the_best_are_kept(run, drive):
     assert names(drive) == ["tmodel_00_weights.pt", "tmodel_02_step_00000004.pt"]
 
 
+def test_the_best_checkpoint_is_kept_if_it_lies_within_an_epoch(run, drive):
+    run.train_epoch(drive, 2.0)
+    best = run.save({**state(), "progress": {"epoch": 1, "batch": 1, "step": 2}})
+    run.write_scores([*run.read_scores(), {"epoch": 1, "batch": 1, "step": 2, "loss": 0.5}])
+    for step in (3, 4):
+        run.save({**state(), "progress": {"epoch": 1, "batch": step, "step": step}})
+    assert names(run) == ["tmodel_00.pt", best.name, "tmodel_01_step_00000003.pt", "tmodel_01_step_00000004.pt"]
+    run.train_epoch(drive, 1.0)
+    assert names(run) == ["tmodel_00.pt", best.name, "tmodel_02.pt"]
+    assert names(drive) == [f"{best.stem}_weights.pt", "tmodel_02.pt"]
+    run.train_epoch(drive, 0.4)
+    for step in (5, 6):
+        run.save({**state(), "progress": {"epoch": 4, "batch": 1, "step": step}})
+    assert best not in run.checkpoints()
+
+
 def test_a_run_that_is_further_ahead_than_its_mirror_is_kept(run, drive):
     run.train_epoch(drive, 1.0)
     save_checkpoint(run.path / "tmodel_02.pt", {"epoch": 2})
@@ -208,6 +224,44 @@ def test_a_copy_that_arrives_damaged_is_never_renamed_to_a_checkpoint(run, drive
     assert not list(drive.path.rglob("*.tmp"))
     with pytest.raises(DamagedCheckpoint):
         mirror.copy_file(run.path / "tmodel_00.pt", drive.path / "tmodel_00.pt")
+
+
+@pytest.mark.parametrize("name", ["scores.jsonl", "config.json", "tensorboard/events"])
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_file_whose_replacement_fails_stays_in_the_mirror(run, drive, monkeypatch, name, is_killed):
+    run.train_epoch(drive, 1.0)
+    before = (drive.path / name).read_text()
+    rename = os.replace
+
+    def fail(source, target):
+        if target == drive.path / name and not str(source).endswith(mirror.OLD):
+            raise OSError("the Drive is gone")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        for cleanup in ("put_back", "discard") if is_killed else ():
+            patch.setattr(mirror, cleanup, lambda *_: None)
+        with pytest.raises(OSError, match="gone"):
+            mirror.copy_file(run.path / name, drive.path / name)
+    assert (drive.path / name).exists() is not is_killed
+    mirror.check(drive, run, get_config("toy"))
+    assert (drive.path / name).read_text() == before
+    assert not list(drive.path.rglob("*.old.tmp"))
+
+
+@pytest.mark.parametrize("damaged", [["tmodel_01.pt"], ["tmodel_00.pt", "tmodel_01.pt"]])
+def test_a_damaged_checkpoint_of_the_run_is_restored_from_the_mirror(run, drive, damaged):
+    for loss in (2.0, 1.0):
+        run.train_epoch(drive, loss)
+    newest = run.path / "tmodel_01.pt"
+    intact, times = newest.read_bytes(), (newest.stat().st_atime, newest.stat().st_mtime)
+    for name in damaged:
+        (run.path / name).write_bytes(intact[:-1] + b"?")
+        os.utime(run.path / name, times)
+    assert mirror.restore(drive, run)
+    assert newest.read_bytes() == intact
+    assert not mirror.restore(drive, run)
 
 
 def test_damaged_checkpoints_of_the_run_are_named_and_the_others_copied(run, drive, capsys):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import vl_convert
+from conftest import ROOT
 
 from config import InputError
 from dataset import EOS, SOS
@@ -356,3 +357,21 @@ def test_a_loaded_run_knows_what_its_heads_do(run):
     assert len(run.examples) == 12
     with pytest.raises(InputError):
         LoadedRun.load(str(run.translator.folder) + "x", "best")
+
+
+def test_a_run_is_judged_by_pairs_that_are_neither_blank_nor_too_long(run_with_odd_pairs):
+    assert LoadedRun.load(str(run_with_odd_pairs), "best").examples == ["I sleep."]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_gradient_times_input_is_0_where_a_changed_model_does_not_look(variant):
+    translator = Translator.load(ROOT / "pretrained" / "toy.en-it", "cpu")
+    with changed(translator.model, [variant]):
+        scene = translate_scene(translator, SENTENCE, 3)
+        source, target = gradient_times_input(translator, scene, SENTENCE, 0)
+    if variant.name == "decoder: no cross-attention":
+        assert not source.any()
+        assert target.any()
+    if variant.name == "decoder: source copied":
+        assert source.any()
+        assert not target.any()

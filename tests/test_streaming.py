@@ -244,7 +244,11 @@ def test_a_bad_shard_is_named_before_training(config, folder, name):
 @pytest.mark.parametrize("workers", IN_PROCESS_AND_2_WORKERS)
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [(b'{"en": "a"', "part-0.jsonl line 51 is not JSON"), (b'{"en": "a"}', "part-0.jsonl row 51 has no language 'it'")],
+    [
+        (b'{"en": "a"', "part-0.jsonl line 51 is not JSON"),
+        (b'{"en": "a"}', "part-0.jsonl row 51 has no language 'it'"),
+        (rb'{"en": "\ud83d", "it": "a"}', "part-0.jsonl row 51: en is not valid Unicode"),
+    ],
 )
 def test_a_bad_row_within_a_shard_is_named_when_it_is_reached(config, folder, workers, bad, message, monkeypatch):
     monkeypatch.setattr(streams, "SAMPLE", 100)

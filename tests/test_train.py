@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import math
 import os
 import shutil
@@ -282,6 +283,17 @@ def test_a_run_killed_before_validation_validates_when_it_resumes(tiny_config):
     lines = scores.read_text().splitlines()
     scores.write_text(lines[0] + "\n")
     train_model(tiny_config)
+    assert scores.read_text().splitlines() == lines
+
+
+def test_a_run_killed_before_its_last_validation_within_an_epoch_validates_when_it_resumes(tiny_config):
+    config = replace(tiny_config, max_steps=3)
+    train_model(config)
+    scores = run_path(config) / "scores.jsonl"
+    lines = scores.read_text().splitlines()
+    assert json.loads(lines[-1])["batch"] > 0
+    scores.write_text("".join(f"{line}\n" for line in lines[:-1]))
+    train_model(config)
     assert scores.read_text().splitlines() == lines
 
 

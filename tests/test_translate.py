@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from dataset import EOS, SOS, padding_mask
 from model import causal_mask
 from runs.folder import RunFolder
 from search import greedy_decode
-from translate import CachedDecoder, Translator, load_translators, repeat_run_dir, translate, translate_lines
+from translate import (
+    CachedDecoder,
+    Translator,
+    load_translators,
+    n_best_lines,
+    repeat_run_dir,
+    translate,
+    translate_lines,
+)
 
 SENTENCES = [
     "I can eat an apple.",
@@ -157,6 +166,13 @@ def test_several_runs_after_one_flag_are_told_from_a_sentence(trained_run):
     ]
     assert repeat_run_dir(["--run-dir", "missing", run]) == ["--run-dir", "missing", "--run-dir", run]
     assert repeat_run_dir(["--weights", "3", run]) == ["--weights", "3", run]
+
+
+def test_each_translation_is_one_line_of_the_output():
+    translator = Translator.load(ROOT / "pretrained" / "toy.en-it", "cpu")
+    translator.tokenizer_tgt = SimpleNamespace(decode=lambda ids: "one\ntwo\tthree" if ids else "")
+    assert list(translate_lines(translator, ["I sleep.", ""], 10)) == ["one two three", ""]
+    assert [line.split("\t")[3] for line in n_best_lines(translator, ["I sleep."], 10, 2, 0.6, 1)] == ["one two three"]
 
 
 def test_an_unknown_or_missing_device_is_an_error():

@@ -140,7 +140,7 @@ def translate_rest(pairs: Dataset, done: int, teacher: Translator, identity: str
     with bar:
         for start in range(done, len(pairs), PAIRS_AT_A_TIME):
             sources = pairs[start : start + PAIRS_AT_A_TIME]["src"]
-            readable = [source if fits(source, teacher) else "" for source in sources]
+            readable = [source if teacher.fits(source) else "" for source in sources]
             long += sum(source.strip() != "" and not text for source, text in zip(sources, readable, strict=True))
             targets = teacher.translate(readable, BEAM_SIZE, LENGTH_PENALTY)
             lines = (
@@ -156,14 +156,6 @@ def translate_rest(pairs: Dataset, done: int, teacher: Translator, identity: str
         print_line(
             f"             {counted(long, 'sentence')} exceed the {config.seq_len} tokens of the teacher: skipped"
         )
-
-
-def fits(source: str, teacher: Translator) -> bool:
-    try:
-        teacher.encode(source)
-    except InputError:
-        return False
-    return True
 
 
 def append(path: Path, text: str) -> None:
