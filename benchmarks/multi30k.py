@@ -115,7 +115,7 @@ def validation_bleu(runs: list[Path], tokenizer: str, weights: Weights, search: 
 
 def select(runs: list[Path], tokenizer: str) -> tuple[Weights, Search]:
     """The weights with the highest mean BLEU on the validation set, then the search; prints all candidates."""
-    print("\n| weights | epochs averaged | beam size | length penalty | validation BLEU | sentences/s |")
+    print("\n| weights | checkpoints averaged | beam size | length penalty | validation BLEU | sentences/s |")
     print("|---|---|---|---|---|---|")
     weights = max(WEIGHTS, key=lambda candidate: validation_bleu(runs, tokenizer, candidate, DEFAULT_SEARCH))
     return weights, max(SEARCHES, key=lambda candidate: validation_bleu(runs, tokenizer, weights, candidate))
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> None:
     print(f"trained {len(runs)} seeds in {(time.perf_counter() - start) / 60:.1f} minutes on {get_device().type}")
     weights, search = select(runs, tokenizer)
     print(
-        f"\nselected: {weights.which} weights, epochs averaged {weights.average}, "
+        f"\nselected: {weights.which} weights, checkpoints averaged {weights.average}, "
         f"beam size {search.beam_size}, length penalty {search.length_penalty}\n"
     )
     bleus = []
