@@ -2,16 +2,20 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +30,7 @@ from corpora.toy import toy_pairs
 from dataset import encode_splits
 from runs.folder import RunFolder
 from train import train_model
-from training.streaming import Counts, Cursor, StreamedPairs, Work
+from training.streaming import Counts, Cursor, StreamedPairs, Work, prepare_worker
 
 PAIRS = 400
 IN_PROCESS_AND_2_WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
@@ -323,6 +327,18 @@ def test_workers_end_with_a_killed_training_and_leave_ctrl_c_to_it(config):
             output, _ = process.communicate(timeout=60)  # ends with the last process that holds the pipe
         assert process.returncode == code, output
         assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_worker_says_nothing_about_the_end_of_a_killed_training(monkeypatch, capsys, is_alive):
+    parent = SimpleNamespace(join=lambda timeout: None, is_alive=lambda: is_alive)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # this and the next are restored after the test
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "Thread", Mock())  # which would end this process
+    prepare_worker(0)
+    sys.excepthook(ConnectionResetError, ConnectionResetError("reset by peer"), None)
+    assert ("reset by peer" in capsys.readouterr().err) == is_alive
 
 
 @pytest.mark.slow

@@ -355,9 +355,18 @@ def prepare_worker(worker: int) -> None:
     PyTorch's own check for the latter waits for the end of the fork server, which waits for that of its workers.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    sys.excepthook = report_error_of_worker
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def report_error_of_worker(*error) -> None:
+    """Replaces `sys.excepthook` in a worker: says nothing if a batch cannot be sent because the parent was killed."""
+    parent = multiprocessing.parent_process()
+    parent.join(timeout=1)  # its sockets may close a little before it has ended
+    if parent.is_alive():
+        sys.__excepthook__(*error)
