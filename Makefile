@@ -8,7 +8,7 @@ SENTENCE := "I can eat an apple."
 help:  ## print the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*##[ ]*/\1|/' | awk -F'|' '{printf "make %-7s %s\n", $$1, $$2}'
 
-demo: .venv/run  ## train on the embedded corpus, evaluate, translate, write an attention page
+demo: .venv/run  ## train on the built-in corpus, evaluate, translate, write an attention page
 	$(BIN)/python train.py --preset toy $(RUN)
 	$(BIN)/python evaluate.py $(RUN) --split test
 	$(BIN)/python translate.py $(RUN) $(SENTENCE)
