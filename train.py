@@ -8,7 +8,7 @@ sizes change the weight of a token.
 from __future__ import annotations
 
 # config comes first: it makes Ctrl-C quiet during the imports below
-from config import INHERITED_FIELDS, PRESETS, Config, counted, get_config, parse, run_command
+from config import INHERITED_FIELDS, INVOCATION_FIELDS, PRESETS, Config, counted, get_config, parse, run_command
 
 # isort: split
 import argparse
@@ -241,7 +241,7 @@ def describe_plan(config: Config, total_steps: int, prepared: Prepared, model: n
         print(f"             keeping the best and the last {checkpoints} (--keep-checkpoints)")
     if (warmup_steps := count_warmup_steps(config, total_steps)) >= total_steps:
         warn(
-            f"the warmup ({counted(warmup_steps, 'step')}) never ends, so the learning rate stays below --lr; "
+            f"the warmup ({counted(warmup_steps, 'step')}) never ends, so the learning rate only rises; "
             "give a share of the run, such as --warmup-steps 0.1"
         )
     if config.stream and not config.save_every_steps:
@@ -481,7 +481,7 @@ def main(argv: list[str]) -> None:
         disable_progress_bars()
     state = train_model(config)
     if distributed.is_first():
-        print_next_steps(RunFolder.of(config), state.stop_signal)
+        print_next_steps(config, state.stop_signal)
     status = 128 + state.stop_signal if state.stop_signal else 0
     if state.is_sharded:
         sharding.end_process(status)
@@ -489,15 +489,23 @@ def main(argv: list[str]) -> None:
         sys.exit(status)
 
 
-def print_next_steps(folder: RunFolder, stop_signal: int) -> None:
+def print_next_steps(config: Config, stop_signal: int) -> None:
+    folder = RunFolder.of(config)
     if stop_signal:
-        print(f"stopped; to resume: python train.py --run-dir {folder}", file=sys.stderr)
+        print(f"stopped; to resume: python train.py --run-dir {folder}{flags_not_saved(config)}", file=sys.stderr)
         return
     print("\nNext:")
     print(f'  python translate.py --run-dir {folder} "SENTENCE"')
     print(f"  python evaluate.py --run-dir {folder}")
     print(f'  python visualize.py --run-dir {folder} "SENTENCE" --html attention.html')
     print(f"  tensorboard --logdir {folder.tensorboard}")
+
+
+def flags_not_saved(config: Config) -> str:
+    """The flags of this invocation that config.json does not contain and that the next one needs, too."""
+    values = {name: getattr(config, name) for name in INVOCATION_FIELDS if name not in ("run_dir", "preload")}
+    changed = {name.replace("_", "-"): value for name, value in values.items() if value != getattr(Config, name)}
+    return "".join(f" --{name}" if value is True else f" --{name} {value}" for name, value in changed.items())
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def plain_rdrop(x: Tensor, projection: nn.Linear, label: Tensor, smoothing: float, alpha: float) -> Tensor:
-    """R-Drop (Wu et al., 2021, equation 4), halved, summed over the tokens, in nats: x (2, N, D), label (N,) -> ().
+    """R-Drop (Liang et al., 2021, equation 4), halved, summed over the tokens, in nats: x (2, N, D), label (N,) -> ().
 
     x holds the decoder outputs of two runs with different dropout masks. The loss is the mean of the two
     cross-entropies plus alpha / 4 times the symmetric Kullback-Leibler divergence between the two predictions.

@@ -26,7 +26,7 @@ def share_cores() -> None:
     A thread that waits for the other threads of a parallel loop first spins, 300,000 times by default. Alone this is
     fastest: a training step has over a thousand parallel loops, and threads that sleep have to be woken. Beside another
     busy process, two of the threads may share a core. Each then spins until the scheduler interrupts it, while the one
-    that it waits for cannot run: with two cores, training fell to 0.29 of its speed, and with spare teams to 0.58
+    that it waits for cannot run: with two cores, training fell to 0.25 of its speed, and with spare teams to 0.58
     (benchmarks/README.md).
 
     GOMP_SPINCOUNT is read only when PyTorch is loaded. But while there are more OpenMP threads than cores, libgomp

@@ -1,6 +1,6 @@
 """The files of a run: where they are, what they are called, and how they are read and written.
 
-config.json                   all settings
+config.json                   the settings, except INVOCATION_FIELDS (config.py)
 tokenizer_en.json, …          the tokenizer of each language
 tmodel_07.pt                  checkpoint after epoch 7
 tmodel_07_step_00001200.pt    checkpoint within epoch 7

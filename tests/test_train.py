@@ -23,7 +23,7 @@ from config import Config, InputError, get_config
 from dataset import get_ds
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunFolder
-from train import count_steps, learning_rate, train_model
+from train import count_steps, learning_rate, print_next_steps, train_model
 from training.batches import StepBatches
 from training.log import StepReport, TrainingLog
 from training.losses import LossInputs, TrainingLoss
@@ -483,6 +483,13 @@ def flags_of(config: Config) -> list[str]:
         flag = name.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return words
+
+
+def test_the_hint_for_resuming_names_the_flags_that_are_not_saved(tiny_config, capsys):
+    config = replace(tiny_config, device="auto", mirror_dir="/drive/run", shard=True, preload="none", num_epochs=60)
+    print_next_steps(config, signal.SIGINT)
+    command = f"python train.py --run-dir {config.run_dir} --mirror-dir /drive/run --shard\n"
+    assert capsys.readouterr().err.endswith(command)
 
 
 @pytest.mark.slow
