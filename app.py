@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports: no request leaves the machine
 
+import contextlib
 import html
 import re
 import threading
@@ -45,9 +46,18 @@ COMPUTING = threading.Lock()  # the change of a model must not meet the translat
 
 
 @st.cache_resource(max_entries=4, show_spinner="Loading the run …")
-def load_run(path: str, weights: str, files: tuple[str, ...]) -> LoadedRun:
-    """A run. `files`, the names of its checkpoints, make a run that is still training load again."""
+def load_run(path: str, weights: str, files: tuple) -> LoadedRun:
+    """A run. `files`, see `version_of`, make a run load again after it has changed."""
     return LoadedRun.load(path, weights)
+
+
+def version_of(folder: RunFolder) -> tuple:
+    """Name, time and size of the files that change when a run is trained on, trained anew or exported again."""
+    version = []
+    for path in [*folder.checkpoints(), folder.exported_weights, folder.scores_file, folder.config_file]:
+        with contextlib.suppress(FileNotFoundError):  # pruned by now, or a file that this run does not have
+            version.append((path.name, path.stat().st_mtime_ns, path.stat().st_size))
+    return tuple(version)
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
@@ -211,7 +221,7 @@ def choose_run() -> tuple[LoadedRun, tuple, st.delta_generator.DeltaGenerator]:
         name_of = {size: f"beam of {size}" for size in BEAM_SIZES} | {1: "greedy"}
         st.selectbox("Search", BEAM_SIZES, width=120, format_func=name_of.get, **bound("beam"))
         place = st.container(width="content")
-    key = (str(folder), st.session_state.stage.weights, tuple(path.name for path in folder.checkpoints()))
+    key = (str(folder), st.session_state.stage.weights, version_of(folder))
     run = load_run(*key)
     if st.session_state.stage.heads is None:
         update(heads=(run.best_head(),))
@@ -250,10 +260,14 @@ def translation_html(view: View) -> str:
     marks = view.marks()
     if not any(marks):
         return html.escape(view.scene.text) or "<span class=note>(empty)</span>"
-    tokens = [html.escape(token).replace("▁", "") for token in view.trace.next_tokens]
-    return " ".join(
-        f"<mark>{t}</mark>" if mark else t for t, mark in zip(tokens, marks, strict=True) if mark or t != "[EOS]"
-    )
+    tokens, parts = view.trace.next_tokens, []
+    has_subwords = any(token.startswith("▁") for token in tokens)
+    for token, mark in zip(tokens, marks, strict=True):
+        if mark or token != "[EOS]":
+            space = "" if has_subwords and not token.startswith(("▁", "[EOS]")) else " "
+            text = html.escape(token.replace("▁", " ").strip())
+            parts.append(space + (f"<mark>{text}</mark>" if mark else text))
+    return "".join(parts).strip()
 
 
 def show_stage(view: View) -> None:
@@ -378,7 +392,8 @@ def show_beam(view: View) -> None:
     numbers = ", ".join(f"{(tree['state'] == state).sum()} {state}" for state in ("kept", "finished", "pruned"))
     heading(
         f"Beam of {view.stage.beam}: {numbers}",
-        "Below a token: the score, ln p divided by the length normalizer. Outlined: finished. Pale: pruned.",
+        "Below a token: the score, ln p divided by the length normalizer. Outlined: finished. Pale: pruned."
+        + " ln p counts from your tokens on, which are given." * bool(view.stage.prefix),
     )
     nodes, edges = stage_charts.beam_rows(tree)
     width = 84 * (int(tree["step"].max()) + 2)

@@ -185,14 +185,15 @@ def word_indices(tokens: list[str], whole_words: bool) -> list[int]:
     """The index of the word that each token belongs to.
 
     With `whole_words` every token is a word. Otherwise a word starts at a subword with the prefix ▁; special
-    tokens and punctuation are separate words.
+    tokens and punctuation are separate words. A lone ▁, the space before a quotation mark, belongs to what follows.
     """
-    indices, after_standalone = [], True
+    indices, after_standalone, after_space = [], True, False
     for token in tokens:
         standalone = token in SPECIAL_TOKENS or is_punctuation(token)
-        starts_word = whole_words or standalone or after_standalone or token.startswith("▁")
-        indices.append((indices[-1] + starts_word) if indices else 0)
-        after_standalone = standalone
+        continues_space = after_space and token not in SPECIAL_TOKENS
+        starts_word = (standalone or after_standalone or token.startswith("▁")) and not continues_space
+        indices.append((indices[-1] + (whole_words or starts_word)) if indices else 0)
+        after_standalone, after_space = standalone, token == "▁"
     return indices
 
 

@@ -26,7 +26,7 @@ from interpret.interventions import UNIFORM_CROSS, VARIANTS, Variant, head_off
 from interpret.steps import log_probability, step_table
 from interpret.study import STUDY, study
 from interpret.text import findings_text, step_table_text, variants_text
-from interpret.trace import AttentionTrace, record_trace
+from interpret.trace import AttentionTrace, record_trace, target_ids
 from runs.files import check_outputs, output_file
 from translate import Translator, blank_long
 
@@ -41,7 +41,7 @@ def compare(translator: Translator, sentence: str, variants: list[Variant] = VAR
     """
     decode, token = translator.tokenizer_tgt.decode, translator.tokenizer_tgt.id_to_token
     source = translator.encode(sentence)
-    (baseline_ids,) = translator.search([source], use_cache=False)
+    baseline_ids = target_ids(translator, source, None)
     baseline_log_p = log_probability(translator, sentence, baseline_ids)
     baseline = {"variant": "baseline", "translation": decode(baseline_ids), "change": 0.0, "differs": ""}
     rows = [{**baseline, "description": "The unchanged model."}]
@@ -180,7 +180,7 @@ def main(
         save_study(html, study(translator, sentence))
     elif html:
         trace = record_trace(translator, sentence)
-        ids = translator.search([translator.encode(sentence)])[0]
+        ids = target_ids(translator, translator.encode(sentence), None)
         corrupted = trace_variant(translator, sentence, ids, UNIFORM_CROSS)
         save_report(html, sentence, trace, corrupted, steps, table, importance)
     if html:

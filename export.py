@@ -157,9 +157,15 @@ def to_safetensors(translator: Translator, output_dir: str | Path) -> None:
 def without_paths(config: Config) -> Config:
     """The config with the names of local files and folders in place of their paths, which are private."""
     names = ("datasource", "validation_source", "test_source", "init_from", "distill_from")
-    values = {name: Path(getattr(config, name)) for name in names}
-    local = {name: path.name for name, path in values.items() if path.is_absolute() or path.parent.is_dir()}
-    return replace(config, **local)
+    sources = {name: getattr(config, name).split(",") for name in names}  # --stream takes several
+    return replace(config, **{name: ",".join(map(public_name, parts)) for name, parts in sources.items()})
+
+
+def public_name(source: str) -> str:
+    """The last part of a path; names of the Hub, NAME or NAME/NAME, stay as they are."""
+    path = Path(source.strip())
+    is_path = path.is_absolute() or path.parent.is_dir() or len(path.parts) > 2 or path.parts[:1] in (("..",), ("~",))
+    return path.name if is_path else source
 
 
 def copy_tokenizers(translator: Translator, folder: Path) -> None:

@@ -195,13 +195,13 @@ class Translator:
             )
         return ids
 
-    def fits(self, sentence: str) -> bool:
-        """Whether a sentence has at most `seq_len` tokens."""
+    def fits(self, sentence: str, target: str = "") -> bool:
+        """Whether the model can read a sentence and a target: they have no more than `seq_len` tokens."""
         try:
             self.encode(sentence)
         except InputError:
             return False
-        return True
+        return len(self.tokenizer_tgt.encode(target)) < self.config.seq_len
 
     def unknown_words(self, sentence: str) -> list[str]:
         """The words of a sentence that are not in the source vocabulary; with a BPE tokenizer none."""

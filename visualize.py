@@ -90,6 +90,7 @@ def main(
     if file and (target or png or save):
         raise InputError("--file is for --html and --text; give one sentence for --target, --png and --save")
     traces = load_traces(sentence, file, trace_file, run_dir, target, device)
+    lengths = len(traces[0].src_tokens), len(traces[0].tgt_tokens)  # as the model reads them, not merged
     if words:
         traces = [merge_words(trace) for trace in traces]
     shown = [merge_bytes(trace) for trace in traces]
@@ -98,7 +99,7 @@ def main(
         weights_of_query(trace, kind, row or 0)
     trace = shown[0]
     if architecture:
-        save_picture(run_architecture(run_dir, (len(trace.src_tokens), len(trace.tgt_tokens))), architecture)
+        save_picture(run_architecture(run_dir, lengths), architecture)
         print_written(architecture)
     if save:
         traces[0].save(save)
@@ -147,7 +148,7 @@ def check_architecture(path: str, preset: str, run_dir: str, sentence: str | Non
 
     if not path:
         raise InputError(f"--preset {preset} is for --architecture only; add --architecture FILE.svg")
-    if Path(path).suffix not in SUFFIXES:
+    if Path(path).suffix.lower() not in SUFFIXES:
         raise InputError(f"{path} does not end in {' or '.join(SUFFIXES)}; give --architecture such a name")
     if preset and run_dir:
         raise InputError(f"--preset {preset} and --run-dir {run_dir} name two models; give one of them")

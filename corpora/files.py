@@ -161,12 +161,14 @@ def read_table(path: str, languages: tuple[str, str]) -> Iterator[dict]:
 def read_cells(rows: Iterable[list[str]], path: str, languages: tuple[str, str], hint: str = "") -> Iterator[dict]:
     """One dictionary per row of cells. Raises InputError for a row of one cell; the message ends with `hint`.
 
-    A first row that contains a language code is a header. Without a header, the first column is the source.
+    A first row that contains a language code is a header; so is one with both codes in upper case or with spaces.
+    Without a header, the first column is the source.
     """
-    header = list(languages)
+    header, code = list(languages), {language.lower(): language for language in languages}
     for number, cells in enumerate(rows, start=1):
-        if number == 1 and set(cells) & set(languages):
-            header = cells
+        names = [cell.strip().lower() for cell in cells] if number == 1 else []
+        if number == 1 and (set(cells) & set(languages) or set(code) <= set(names)):
+            header = [code.get(name, cell) for name, cell in zip(names, cells, strict=True)]
         elif not any(cells):  # a blank line is a blank pair
             yield dict.fromkeys(languages, "")
         elif len(cells) < 2:

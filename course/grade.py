@@ -10,6 +10,7 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -23,7 +24,7 @@ SECONDS = 120  # per file
 def code_of(path: Path) -> list[str]:
     """The code of a script, or of each cell of a notebook without magic and shell commands."""
     if path.suffix != ".ipynb":
-        return [path.read_text(encoding="utf8")]
+        return [path.read_text(encoding="utf-8-sig")]  # Windows editors may write a byte order mark
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     return ["\n".join(line for line in cell.splitlines() if not line.lstrip().startswith(("%", "!"))) for cell in cells]
 
@@ -86,14 +87,16 @@ def printable(text: object) -> str:
 
 def table(paths: list[Path]) -> str:
     """A line per file with the steps that pass, and its mistakes below. Functions not yet written are not listed."""
-    width = max(len(path.name) for path in paths)
+    names = Counter(path.name for path in paths)
+    labels = [printable(path.name if names[path.name] == 1 else path) for path in paths]
+    width = max(map(len, labels))
     header = f"{'':{width}}  passed   {' '.join(f'{step.number:2}' for step in STEPS)}"
     lines = [header]
-    for path in paths:
+    for path, label in zip(paths, labels, strict=True):
         messages = grade_in_process(path)
         passed = [not message for message in messages] if len(messages) == len(STEPS) else [False] * len(STEPS)
         marks = " ".join(" +" if ok else " -" for ok in passed)
-        lines.append(f"{printable(path.name):{width}}  {sum(passed):2} of {len(STEPS)} {marks}")
+        lines.append(f"{label:{width}}  {sum(passed):2} of {len(STEPS)} {marks}")
         lines += [f"    {message}" for message in messages if message and "not written yet" not in message]
     return "\n".join(lines)
 

@@ -271,6 +271,8 @@ def measure_findings(translator: Translator, sentences: int = 200) -> pd.DataFra
             f"the run in {translator.folder} was trained on {config.datasource}; the findings need a corpus with "
             "alignments, toy or patterns"
         )
+    if not (pairs := [pair for pair in pairs if translator.fits(pair.src_text, pair.tgt_text)]):
+        raise InputError(f"no test pair is short enough for the run in {translator.folder} (seq_len {config.seq_len})")
     sample = Sample(translator, pairs[:sentences], list(load_split(config, "train")["tgt"]))
     rows = [(function.__doc__, *function(sample)) for function in tqdm(FINDINGS, desc="Findings", leave=False)]
     return pd.DataFrame(rows, columns=["finding", "figures", "holds"])

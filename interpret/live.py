@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from config import InputError
 from dataset import EOS, SOS, padding_mask
 from interpret.interventions import Variant
-from interpret.trace import AttentionTrace, character_indices, merge_bytes, record_trace, recorded_pass
+from interpret.trace import AttentionTrace, character_indices, first_steps, merge_bytes, record_trace, recorded_pass
 from model import Transformer, causal_mask
 from search import BeamStep, Hypothesis, StepDecoder, beam_search, greedy_decode, length_normalizer
 from translate import Translator
@@ -38,8 +38,13 @@ class Scene:
     text: str
     trace: AttentionTrace  # bytes of a character joined
     pieces: AttentionTrace  # the same, token by token
-    log_p: np.ndarray  # (T,) ln p of each token written, the last of which is [EOS], in nats
+    log_p: np.ndarray  # (T,) ln p of each token written, in nats; the last is [EOS], except at the length limit
     tree: pd.DataFrame | None  # of the beam search, see `beam_tree`; None for greedy search
+
+    @property
+    def decoder_ids(self) -> list[int]:
+        """(T,) The tokens that the decoder reads."""
+        return [SOS, *self.ids][: len(self.log_p)]
 
     def last_piece(self, kind: str, row: int) -> int:
         """The position, token by token, of the last token of a row."""
@@ -84,13 +89,18 @@ def translate_scene(
             steps: list[BeamStep] = []
             ((best,),) = beam_search(decoder, limits, beam_size, length_penalty, watch=steps.append)
             ids, tree = best.ids, beam_tree(steps, best, translator.tokenizer_tgt.id_to_token, length_penalty)
-        return scene_of(translator, sentence, ids[: translator.config.seq_len - 1], tree)
+        is_complete = len(ids) < int(limits)  # otherwise the search ended without [EOS]
+        return scene_of(translator, sentence, ids[: translator.config.seq_len - 1], tree, is_complete)
 
 
-def scene_of(translator: Translator, sentence: str, ids: list[int], tree: pd.DataFrame | None = None) -> Scene:
-    """The scene of a given translation."""
+def scene_of(
+    translator: Translator, sentence: str, ids: list[int], tree: pd.DataFrame | None = None, is_complete: bool = True
+) -> Scene:
+    """The scene of a given translation, which is complete if [EOS] follows it."""
     pieces = record_trace(translator, sentence, ids, TOP_K)
     log_p = log_probabilities(translator, sentence, ids)
+    if not is_complete:
+        pieces, log_p = first_steps(pieces, len(ids)), log_p[:-1]
     return Scene(ids, translator.tokenizer_tgt.decode(ids), merge_bytes(pieces), pieces, log_p, tree)
 
 
@@ -178,7 +188,7 @@ def compare_scenes(
     """The changed model on the sentence of a baseline scene."""
     variant = translate_scene(translator, sentence, beam_size, prefix, changes)
     with changed(translator.model, changes):
-        forced = scene_of(translator, sentence, baseline.ids)
+        forced = scene_of(translator, sentence, baseline.ids, is_complete=len(baseline.log_p) > len(baseline.ids))
     return Comparison(baseline, variant, forced.trace, float(forced.log_p.sum() - baseline.log_p.sum()))
 
 
@@ -204,7 +214,7 @@ def inside_head(
     """
     block = translator.model.attention_blocks()[kind][layer]
     with outputs_of([block.w_q, block.w_k, block.w_v]) as outputs:
-        _, weights = recorded_pass(translator, translator.encode(sentence), [SOS, *scene.ids])
+        _, weights = recorded_pass(translator, translator.encode(sentence), scene.decoder_ids)
     query, key, value = (block.split_heads(outputs[m])[0, head].float() for m in (block.w_q, block.w_k, block.w_v))
     projection = block.w_o.weight[:, head * block.d_k : (head + 1) * block.d_k].float()  # (D, d_k)
     weight = torch.from_numpy(weights[kind][layer, head, row]).to(value.device)  # (K,)
@@ -243,7 +253,7 @@ def gradient_times_input(
     log-probability if the embedding were scaled up.
     """
     model = translator.model
-    source, target = (torch.tensor([ids]) for ids in (translator.encode(sentence), [SOS, *scene.ids]))
+    source, target = (torch.tensor([ids]) for ids in (translator.encode(sentence), scene.decoder_ids))
     source, target = source.to(translator.device), target.to(translator.device)
     embeddings = [embed(ids).detach().requires_grad_() for embed, ids in
                   ((model.src_embed, source), (model.tgt_embed, target))]  # fmt: skip
@@ -261,9 +271,3 @@ def mixed_heads(weights: np.ndarray, picked: Sequence[tuple[int, int]]) -> np.nd
     if not picked:
         return weights.mean((0, 1))
     return np.mean([weights[layer, head] for layer, head in picked], axis=0)
-
-
-def with_last_token(scene: Scene, token: str) -> Scene:
-    """The scene with another last token written than [EOS]: a translation that reached the length limit."""
-    traces = (replace(t, next_tokens=[*t.next_tokens[:-1], token]) for t in (scene.trace, scene.pieces))
-    return replace(scene, **dict(zip(("trace", "pieces"), traces, strict=True)))

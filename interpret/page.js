@@ -117,6 +117,7 @@ function choose(index) {
   byId("sentence").value = index;
   state = { ...trace().state, kind: state.kind || trace().state.kind };
   picks = Object.fromEntries(Object.keys(state.layers).map((kind) => [kind, [`${state.layers[kind] - 1}.mean`]]));
+  state.picked = picks[state.kind];
   [row, key] = [0, -1];
   byId("title").replaceChildren(...trace().title.map((text, i) => {
     const part = document.createElement("span");

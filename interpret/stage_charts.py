@@ -248,13 +248,14 @@ def gallery_rows(
 ) -> pd.DataFrame:  # fmt: skip
     """The table of `gallery` for weights (L, H, Q, K): one row per head, with the three largest weights of a row.
 
-    `roles` are pairs (role, more about it) by layer and head; `colors` is the color scale of weights.
+    `keys` are those that the row can attend to; `roles` are pairs (role, more about it) by layer and head; `colors` is
+    the color scale of weights.
     """
     L, H = weights.shape[:2]
     images = thumbnails(weights, colors)
     rows = []
     for layer, head in np.ndindex(L, H):
-        top = np.argsort(-weights[layer, head, row], kind="stable")[:3]
+        top = np.argsort(-weights[layer, head, row, : len(keys)], kind="stable")[:3]
         texts = [] if (layer, head) in off else [f"{weights[layer, head, row, k]:.2f} {keys[k]}" for k in top]
         role, about = roles.get((layer, head), ("", ""))
         rows.append({

@@ -45,7 +45,7 @@ class LoadedRun:
         Raises InputError for a run that cannot be loaded.
         """
         translator = Translator.load(path, "cpu", weights)
-        gold = gold_pairs(translator.config)[:SCORECARD_PAIRS]
+        gold = [p for p in gold_pairs(translator.config) if translator.fits(p.src_text, p.tgt_text)][:SCORECARD_PAIRS]
         pairs = [(pair.src_text, pair.tgt_text) for pair in gold] or first_pairs(translator)
         return cls(translator, scorecard(translator, pairs, gold), list(dict.fromkeys(s for s, _ in pairs))[:EXAMPLES])
 
@@ -87,8 +87,7 @@ def first_pairs(translator: Translator) -> list[tuple[str, str]]:
 
 def is_short(translator: Translator, source: str, target: str) -> bool:
     """Whether both sides have 1 to 20 words, and no more tokens than the model can read."""
-    fits = translator.fits(source) and len(translator.tokenizer_tgt.encode(target)) < translator.config.seq_len
-    return fits and all(0 < len(text.split()) <= 20 for text in (source, target))
+    return translator.fits(source, target) and all(0 < len(text.split()) <= 20 for text in (source, target))
 
 
 # ---------------------------------------------------------------------------- the view
@@ -185,13 +184,14 @@ class View:
     def gallery_tables(self) -> dict[str, pd.DataFrame]:
         kind, colors = self.stage.kind, self.palette.weights
         weights, roles = self.trace.weights[kind], self.run.roles(kind)
-        heads = stage_charts.gallery_rows(weights, self.keys, self.row, roles, colors, self.picked, self.off)
-        return {"heads": heads}
+        keys = self.keys[: self.row + 1] if kind == "decoder" else self.keys  # the others are masked
+        return {"heads": stage_charts.gallery_rows(weights, keys, self.row, roles, colors, self.picked, self.off)}
 
     def map_tables(self, weights: np.ndarray, trace: AttentionTrace) -> dict[str, pd.DataFrame]:
         kind = self.stage.kind
         keys, queries = trace.labels(kind)[1], queries_of(trace, kind)
-        tables = stage_charts.cell_rows(weights, keys, queries, self.row, causal=kind == "decoder")
+        row = min(self.stage.row, len(queries) - 1)  # the trace may be that of the baseline
+        tables = stage_charts.cell_rows(weights, keys, queries, row, causal=kind == "decoder")
         return dict(zip(("cells", "labels"), tables, strict=True))
 
     def bar_tables(self) -> dict[str, pd.DataFrame]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from config import InputError
 from dataset import EOS, SOS, padding_mask
+from interpret import trace
 from model import causal_mask
 from translate import Translator
 
@@ -38,9 +39,10 @@ def step_table(
     One row per step and word. By default, the words are the tokens of the translation and the `runners_up` next most
     probable tokens of each step. Raises InputError for a word that is not in the vocabulary.
     """
-    (ids,) = translator.search([translator.encode(sentence)], use_cache=False)
+    ids = trace.target_ids(translator, translator.encode(sentence), None)
     logits = step_logits(translator, sentence, ids).cpu()
-    chosen, token = [*ids, EOS], translator.tokenizer_tgt.id_to_token
+    chosen = [*ids, int(logits[-1].argmax())]  # [EOS], except at the length limit
+    token = translator.tokenizer_tgt.id_to_token
     if words is None:
         top = logits.topk(runners_up + 1).indices.tolist()
         shown = list(dict.fromkeys([*chosen, *(i for step in top for i in step)]))

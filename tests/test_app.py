@@ -15,6 +15,7 @@ import tomllib
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,36 @@ def test_a_run_restored_from_a_mirror_can_be_opened(trained_run, tmp_path, monke
     app = AppTest.from_file(ROOT / "app.py", default_timeout=120).run()
     assert not app.exception
     assert app.selectbox[1].options == ["best", "latest", "epoch 0"]
+
+
+def test_a_run_that_is_trained_anew_has_another_version(tmp_path):
+    from app import version_of
+
+    run = RunFolder(tmp_path)
+    for path in (run.checkpoint(epoch=1), run.config_file):
+        path.write_bytes(b"a")
+    before = version_of(run)
+    assert version_of(run) == before
+    run.checkpoint(epoch=1).write_bytes(b"bb")
+    assert version_of(run) != before
+    before = version_of(run)
+    run.scores_file.write_bytes(b"")
+    assert version_of(run) != before
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [
+        (["▁Ein", "▁ge", "bä", "ude", ".", "[EOS]"], "Ein ge<mark>bä</mark>ude."),
+        (["Ein", "großes", "&", "Haus", "[EOS]"], "Ein großes <mark>&amp;</mark> Haus"),
+    ],
+)
+def test_what_has_changed_in_a_translation_is_marked(tokens, shown):
+    from app import translation_html
+
+    marks = [token in ("bä", "&") for token in tokens]
+    view = SimpleNamespace(marks=lambda: marks, trace=SimpleNamespace(next_tokens=tokens))
+    assert translation_html(view) == shown
 
 
 @pytest.fixture

@@ -180,20 +180,21 @@ def test_files(tmp_path):
 
 
 def test_command_line(tmp_path, capsys):
-    path = tmp_path / "model.svg"
+    path = tmp_path / "model.SVG"
     visualize.main(architecture=str(path), preset="toy")
     assert f"wrote {path} (" in capsys.readouterr().out
     assert "preset toy, not trained" in path.read_text(encoding="utf8")
 
 
 def test_with_a_sentence_the_picture_has_its_lengths(untrained_run, monkeypatch, tmp_path):
-    tokens = ["[SOS]", "a", "[EOS]"], ["[SOS]", "b", "c", "d"], ["b", "c", "d", "[EOS]"]
-    sizes = {"encoder": (3, 3), "decoder": (4, 4), "cross": (4, 3)}
+    """Also if the tokens that are shown are merged: the bytes of é."""
+    tokens = ["[SOS]", "▁", "<0xC3>", "<0xA9>", "[EOS]"], ["[SOS]", "b", "c", "d"], ["b", "c", "d", "[EOS]"]
+    sizes = {"encoder": (5, 5), "decoder": (4, 4), "cross": (4, 5)}
     weights = {kind: np.zeros((1, 1, *size)) for kind, size in sizes.items()}
-    trace = AttentionTrace(*tokens, tokens[2], [0, 1, 2], [0, 1, 2, 3], weights, [[]] * 4, "run")
+    trace = AttentionTrace(*tokens, tokens[2], [0, 1, 1, 1, 2], [0, 1, 2, 3], weights, [[]] * 4, "run")
     monkeypatch.setattr(visualize, "load_traces", lambda *_: [trace])
-    visualize.main("a", run_dir=untrained_run, architecture=str(tmp_path / "a.svg"))
-    assert "1 sentence, 3 source and 4 target tokens" in (tmp_path / "a.svg").read_text(encoding="utf8")
+    visualize.main("é", run_dir=untrained_run, words=True, architecture=str(tmp_path / "a.svg"))
+    assert "1 sentence, 5 source and 4 target tokens" in (tmp_path / "a.svg").read_text(encoding="utf8")
 
 
 @pytest.mark.parametrize(

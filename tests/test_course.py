@@ -360,6 +360,21 @@ def test_broken_cells_and_other_statements_do_not_stop_grading(tmp_path):
     assert messages[3] == "Step 4, feed_forward, is missing: there is no function of that name"
 
 
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "solution.py"
+    path.write_text("def embeddings(ids, weight):\n    return weight[ids]\n", encoding="utf-8-sig")
+    assert "embeddings" in grade.load_functions(path)
+
+
+def test_files_with_the_same_name_are_told_apart(monkeypatch):
+    monkeypatch.setattr(grade, "grade_in_process", lambda path: ["not finished"])
+    lines = grade.table([Path("ann/solution.py"), Path("bob/solution.py"), Path("bob/other.py")]).splitlines()
+    assert [line.split()[0] for line in lines[1::2]] == [
+        *map(str, (Path("ann/solution.py"), Path("bob/solution.py"))),
+        "other.py",
+    ]
+
+
 @pytest.mark.slow
 def test_an_endless_loop_and_a_damaged_file_are_reported(tmp_path, monkeypatch):
     endless, damaged = tmp_path / "endless.py", tmp_path / "damaged.ipynb"

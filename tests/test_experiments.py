@@ -297,6 +297,16 @@ def test_command_line(trained_run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_translation_that_reaches_the_length_limit_can_be_compared(translator, monkeypatch):
+    endless = [5] * translator.config.seq_len
+    monkeypatch.setattr(translator, "search", lambda sources, **_: [endless])
+    assert len(e.compare(translator, SENTENCE, VARIANTS[:1])) == 2
+    steps = e.step_table(translator, SENTENCE)
+    assert steps["chosen"].sum() == len(endless)
+    assert record_trace(translator, SENTENCE).next_tokens[-1] == steps[steps["chosen"]]["word"].iloc[-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoder: source copied", "decoder: shuffled"])
 def test_step_table_and_trace_within_a_variant_show_the_translation_of_that_variant(translator, name):
     (variant,) = [variant for variant in VARIANTS if variant.name == name]

@@ -12,7 +12,7 @@ from config import InputError, get_config
 from corpora.sources import load_split
 from dataset import build_word_tokenizer, load_tokenizer
 from experiments import log_probability
-from export import main, model_card, to_ctranslate2, to_safetensors
+from export import main, model_card, to_ctranslate2, to_safetensors, without_paths
 from model import get_model
 from runs.folder import RunFolder
 from train import train_model
@@ -165,3 +165,18 @@ def test_a_safetensors_export_can_be_exported_to_its_own_folder(translator, tmp_
     again = Translator.load(tmp_path / "one", "cpu")
     to_safetensors(again, tmp_path / "one")
     assert Translator.load(tmp_path / "one", "cpu").translate(["She sleeps."]) == translator.translate(["She sleeps."])
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("Helsinki-NLP/opus_books", "Helsinki-NLP/opus_books"),
+        ("wmt/wmt14:validation", "wmt/wmt14:validation"),
+        ("toy:test", "toy:test"),
+        (os.path.abspath("secret/train"), "train"),
+        ("../secret/a.jsonl,../secret/b.jsonl", "a.jsonl,b.jsonl"),
+        ("secret/project/train", "train"),
+    ],
+)
+def test_paths_are_not_published(source, name):
+    assert without_paths(get_config("toy", datasource=source)).datasource == name

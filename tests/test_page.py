@@ -121,6 +121,17 @@ def test_no_view_is_blank_and_nothing_is_wider_than_the_window(browser, tmp_path
             assert browser.execute_script("return Number(state.picked[0].split('.')[0]) < state.layers[state.kind]")
 
 
+def test_another_sentence_shows_a_layer_that_its_kind_has(browser, tmp_path):
+    trace = random_trace(L=1, decoder_L=3)
+    page.save_page([trace, trace], tmp_path / "p.html")
+    window(browser, 1440, 900)
+    open_page(browser, tmp_path / "p.html")
+    browser.find_element("css selector", "#kind [value=encoder]").click()
+    wait_until(browser, "state.kind === 'encoder'")
+    browser.execute_script("choose(1)")
+    assert browser.execute_script("return [state.kind, ...state.picked]") == ["encoder", "0.mean"]
+
+
 def test_film_moves_without_jumps_and_stops_at_the_last_row(browser, tmp_path):
     from selenium.webdriver.common.keys import Keys
 

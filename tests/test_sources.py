@@ -97,6 +97,15 @@ def test_every_kind_of_source_gives_the_same_pairs(tmp_path, kind, reverse):
     assert list(zip(*(list(pairs[side]) for side in sides), strict=True)) == ROWS
 
 
+def test_a_header_may_be_in_upper_case_and_a_sentence_is_none(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("IT, EN ,note\nUno.,One.,x\n")
+    pairs = load_pairs(str(path), get_config("toy"))
+    assert (list(pairs["src"]), list(pairs["tgt"])) == (["One."], ["Uno."])
+    path.write_text("It,Esso\nOne.,Uno.\n")
+    assert list(load_pairs(str(path), get_config("toy"))["src"]) == ["It", "One."]
+
+
 def test_a_null_translation_is_a_blank_pair(tmp_path):
     rows = pa.table({"translation": [{"en": "One.", "it": "Uno."}, None, {"en": "Two.", "it": None}]})
     pq.write_table(rows, tmp_path / "train.parquet")

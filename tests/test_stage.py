@@ -17,6 +17,7 @@ from dataset import EOS, SOS
 from interpret import stage_charts
 from interpret.interventions import VARIANTS, head_off
 from interpret.live import (
+    Comparison,
     Forced,
     beam_tree,
     changed,
@@ -256,6 +257,23 @@ def test_decoding_continues_from_another_candidate(translator):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_at_the_length_limit_no_end_is_invented(translator, monkeypatch, beam_size):
+    decoder_and_limits = translator.decoder_and_limits
+    monkeypatch.setattr(
+        translator, "decoder_and_limits", lambda *a, **k: (decoder_and_limits(*a, **k)[0], torch.tensor([3]))
+    )
+    scene = translate_scene(translator, SENTENCE, beam_size)
+    tokens = [translator.tokenizer_tgt.id_to_token(i) for i in scene.ids]
+    assert scene.trace.next_tokens == scene.pieces.next_pieces == tokens
+    assert len(tokens) == len(scene.log_p) == len(scene.trace.tgt_tokens) == 3
+    table = inside_head(translator, scene, SENTENCE, "decoder", 1, 0, 2)
+    assert np.abs(table["weight"] - scene.pieces.weights["decoder"][1, 0, 2]).max() < 5e-4
+    assert len(gradient_times_input(translator, scene, SENTENCE, 2)[1]) == 3
+    assert compare_scenes(translator, SENTENCE, scene, [], beam_size).change == 0
+
+
+@pytest.mark.slow
 def test_a_comparison_changes_the_model_only_while_it_computes(translator):
     baseline = translate_scene(translator, SENTENCE)
     changes = [head_off("cross", 1, 0), next(v for v in VARIANTS if v.name == "cross: uniform")]
@@ -337,6 +355,30 @@ def test_a_view_saves_what_it_shows(run):
     assert "<html" in view.to_html()
     L, H = run.shapes["cross"]
     assert view.to_csv().count("\ncross,") == L * H * len(view.keys) * len(view.queries)
+
+
+@pytest.mark.slow
+def test_masked_keys_are_not_listed(run):
+    view = View(Stage(run="r", kind="decoder", row=0), run, translate_scene(run.translator, SENTENCE), None, LIGHT)
+    heads = view.gallery_tables()["heads"]
+    assert set(heads["a"]) == {"1.00 [SOS]"}
+    assert set(heads["b"]) == {""}
+
+
+@pytest.mark.slow
+def test_the_map_of_a_longer_baseline_frames_the_clicked_row(run):
+    baseline, variant = (translate_scene(run.translator, text) for text in (SENTENCE, "We sleep."))
+    compared = Comparison(baseline, variant, baseline.trace, 0.0)
+    view = View(Stage(run="r", sentence=SENTENCE, row=5), run, baseline, compared, LIGHT)
+    assert view.row < 5
+    cells = view.map_tables(view.weights(baseline.trace), baseline.trace)["cells"]
+    assert set(cells.loc[cells["on"], "row"]) == {5}
+
+
+@pytest.mark.slow
+def test_test_pairs_that_the_run_cannot_read_are_left_out(trained_run, monkeypatch):
+    monkeypatch.setattr(Translator, "fits", lambda self, source, target="": len(source.split()) < 5)
+    assert all(len(text.split()) < 5 for text in LoadedRun.load(str(trained_run), "best").examples)
 
 
 @pytest.mark.slow
