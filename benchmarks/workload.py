@@ -4,6 +4,7 @@ B  batch    S  source length
 """
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -130,15 +131,20 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_peaks(device: torch.device) -> dict[str, float]:
-    """Measured peak FLOP/s of the multiplication of two large matrices, for each precision."""
+    """Measured peak FLOP/s of the multiplication of two square matrices, for each precision."""
     return {name: matrix_peak(device, dtype) for name, dtype in PRECISIONS.items()}
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> float:
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = time_interleaved({"product": lambda: a @ b}, rounds, device)["product"]
-    return 2 * size**3 / min(seconds)
+    """The highest FLOP/s over a range of sizes, which ends early where products are slow (bf16 on older processors)."""
+    peak = 0.0
+    for size in (512, 2048, 8192) if device.type == "cuda" else (512, 1024, 2048):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        seconds = min(time_interleaved({"product": functools.partial(torch.mm, a, b)}, rounds, device)["product"])
+        peak = max(peak, 2 * size**3 / seconds)
+        if seconds > 0.25:
+            break
+    return peak
 
 
 # ---------------------------------------------------------------------------- command lines and output
