@@ -792,14 +792,20 @@ def test_a_run_in_fp16_that_is_interrupted_after_an_overflow_ends_bit_identical(
 
 
 @pytest.mark.slow
-def test_fp16_reaches_the_loss_of_fp32(tmp_path):
-    """Within 1% after 500 steps on the toy corpus."""
+def test_fp16_reaches_the_loss_of_fp32(tiny_config):
+    """Within 1% after 500 steps on the toy corpus.
+
+    Rounding alone changes the loss of this small model by up to 0.2%; of the full toy preset, it is about 1%.
+    """
+    config = replace(tiny_config, datasource="toy", validation_source="toy:validation", validation_sentences=0)
+    config = replace(config, max_steps=500, batch_tokens=256, dropout=0.0)
     losses = []
     for precision in ("fp32", "fp16"):
-        config = get_config("toy", run_dir=str(tmp_path / precision), precision=precision, max_steps=500, device="cpu")
-        train_model(replace(config, validation_sentences=0))
-        losses.append(RunFolder.of(config).read_scores()[-1]["loss"])
+        run = replace(config, run_dir=f"{config.run_dir}.{precision}", precision=precision)
+        train_model(run)
+        losses.append(RunFolder.of(run).read_scores()[-1]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[0] < 3
 
 
 def test_a_lost_run_is_restored_from_its_mirror_and_resumes(tiny_config, tmp_path, capsys):
