@@ -200,7 +200,7 @@ def has_expected_end(bench: Bench, run: Path) -> bool:
 
 def stopped_by_signal(bench: Bench, number: int, rng: random.Random, seconds: float) -> bool:
     """A signal at a random time after the first step began: the run saves, exits with 128 + number, and resumes."""
-    while True:
+    for _ in range(20):
         run, started = bench.fresh("signalled"), SPAWN.Event()
         process = bench.start("signalled", started=started)
         if not started.wait(120):

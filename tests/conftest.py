@@ -11,8 +11,11 @@ sys.path.insert(0, str(ROOT))
 # Private caches and an unreachable Hub, so that no test depends on a network.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
-# A process in the background may ignore Ctrl-C, and so would all commands that the tests start.
+# A process in the background may ignore Ctrl-C, and one under nohup the hang-up signal; so would all commands that the
+# tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
