@@ -121,6 +121,16 @@ def select(runs: list[Path], tokenizer: str) -> tuple[Weights, Search]:
     return weights, max(SEARCHES, key=lambda candidate: validation_bleu(runs, tokenizer, weights, candidate))
 
 
+def evaluate_test(runs: list[Path], weights: Weights, search: Search, tokenizer: str) -> float:
+    """BLEU of a run or an ensemble of runs on the test set; prints all scores."""
+    predicted, references, _ = translate_split(runs, weights, search, "test")
+    scores = score(predicted, references, tokenizer)
+    bleu = scores.pop("bleu")
+    name = runs[0].name if len(runs) == 1 else f"ensemble of {len(runs)}"
+    print(f"{name}, Test 2016: BLEU {bleu:.2f}   {format_scores(scores)}")
+    return bleu
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the corpus")
@@ -139,15 +149,9 @@ def main(argv: list[str]) -> None:
         f"\nselected: {weights.which} weights, checkpoints averaged {weights.average}, "
         f"beam size {search.beam_size}, length penalty {search.length_penalty}\n"
     )
-    bleus = []
-    for run in runs:
-        predicted, references, _ = translate_split([run], weights, search, "test")
-        scores = score(predicted, references, tokenizer)
-        bleus.append(scores["bleu"])
-        print(f"{run.name}, Test 2016: {format_scores(scores)}")
+    bleus = [evaluate_test([run], weights, search, tokenizer) for run in runs]
     if len(runs) > 1:
-        predicted, references, _ = translate_split(runs, weights, search, "test")
-        print(f"ensemble of {len(runs)}, Test 2016: {format_scores(score(predicted, references, tokenizer))}")
+        evaluate_test(runs, weights, search, tokenizer)
     spread = f" ± {statistics.stdev(bleus):.2f}" if len(bleus) > 1 else ""
     print(f"BLEU {statistics.mean(bleus):.2f}{spread}   {signature(tokenizer)}")
 
