@@ -60,6 +60,39 @@ def test_the_student_learns_the_translations_of_the_teacher(teacher, student):
     train_model(replace(student, num_epochs=2, distill_from=teacher))  # resumes with the same corpus
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a cat cat cat", True),
+        ("he said & quot ; & quot", False),
+        ("ein hut , & x & x & x", True),
+        ("a b c a b c a b c", False),
+        ("that that is is that that", False),
+        ("cat cat", False),
+        ("cat catcat cat", False),
+        ("", False),
+    ],
+)
+def test_repetitions_are_recognized(text, expected):
+    assert distillation.is_repetitive(text) is expected
+
+
+def test_repetitive_translations_are_skipped(student, monkeypatch, capsys):
+    translate = Translator.translate
+
+    def translate_with_loops(self, sentences, *arguments, **options):
+        found = translate(self, sentences, *arguments, **options)
+        return ["loop loop loop", *found[1:]] if arguments else found  # validation gives no search settings
+
+    monkeypatch.setattr(Translator, "translate", translate_with_loops)
+    train_model(student)
+    chunks = -(-PAIRS // 8)
+    assert [line["it"] for line in lines(student)].count("") == chunks
+    printed = capsys.readouterr().out
+    assert f"{chunks} repetitive translations: skipped" in printed
+    assert f"skipped in training: {chunks} pairs with a blank side" in printed
+
+
 def test_translating_resumes_after_a_kill(student, monkeypatch):
     train_model(student)
     whole = file_of(student).read_bytes()

@@ -128,10 +128,14 @@ def damaged(path: Path, number: int) -> InputError:
 
 
 def translate_rest(pairs: Dataset, done: int, teacher: Translator, identity: str, path: Path) -> None:
-    """Appends the translations of the pairs from `done` on; those of sentences too long for the teacher are blank."""
+    """Appends the translations of the pairs from `done` on.
+
+    Blank are those of sentences too long for the teacher, and those that repeat themselves: a student would learn to
+    repeat, too. Training skips these pairs.
+    """
     if done == len(pairs):
         return
-    config, long, reported = teacher.config, 0, time.monotonic()
+    config, long, repetitive, reported = teacher.config, 0, 0, time.monotonic()
     print_line(
         f"distilling   {counted(len(pairs) - done, 'pair')}, translated by {teacher.folder} (beam {BEAM_SIZE}); "
         "if interrupted, the same command resumes"
@@ -142,7 +146,9 @@ def translate_rest(pairs: Dataset, done: int, teacher: Translator, identity: str
             sources = pairs[start : start + PAIRS_AT_A_TIME]["src"]
             readable = [source if teacher.fits(source) else "" for source in sources]
             long += sum(source.strip() != "" and not text for source, text in zip(sources, readable, strict=True))
-            targets = teacher.translate(readable, BEAM_SIZE, LENGTH_PENALTY)
+            found = teacher.translate(readable, BEAM_SIZE, LENGTH_PENALTY)
+            targets = ["" if is_repetitive(target) else target for target in found]
+            repetitive += sum(map(is_repetitive, found))
             lines = (
                 {config.lang_src: source, config.lang_tgt: target, "teacher": identity}
                 for source, target in zip(sources, targets, strict=True)
@@ -156,6 +162,18 @@ def translate_rest(pairs: Dataset, done: int, teacher: Translator, identity: str
         print_line(
             f"             {counted(long, 'sentence')} exceed the {config.seq_len} tokens of the teacher: skipped"
         )
+    if repetitive:
+        print_line(f"             {counted(repetitive, 'repetitive translation')}: skipped")
+
+
+def is_repetitive(text: str) -> bool:
+    """Whether a word or a pair of words occurs three times in a row, as in translations that never end."""
+    words = text.split()
+    return any(
+        words[i : i + n] == words[i + n : i + 2 * n] == words[i + 2 * n : i + 3 * n]
+        for n in (1, 2)
+        for i in range(len(words) - 3 * n + 1)
+    )
 
 
 def append(path: Path, text: str) -> None:
