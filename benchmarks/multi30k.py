@@ -27,6 +27,7 @@ from compute.device import get_device
 from config import InputError, run_command
 from corpora.sources import load_split
 from evaluate import format_scores, score, signature
+from runs.folder import RunFolder
 from translate import Ensemble, Translator
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -117,7 +118,9 @@ def select(runs: list[Path], tokenizer: str) -> tuple[Weights, Search]:
     """The weights with the highest mean BLEU on the validation set, then the search; prints all candidates."""
     print("\n| weights | checkpoints averaged | beam size | length penalty | validation BLEU | sentences/s |")
     print("|---|---|---|---|---|---|")
-    weights = max(WEIGHTS, key=lambda candidate: validation_bleu(runs, tokenizer, candidate, DEFAULT_SEARCH))
+    checkpoints = min(len(RunFolder(run).checkpoints()) for run in runs)
+    averaged = [weights for weights in WEIGHTS if weights.average <= checkpoints]  # fewer after a short fine-tuning
+    weights = max(averaged, key=lambda candidate: validation_bleu(runs, tokenizer, candidate, DEFAULT_SEARCH))
     return weights, max(SEARCHES, key=lambda candidate: validation_bleu(runs, tokenizer, weights, candidate))
 
 
