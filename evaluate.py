@@ -63,6 +63,7 @@ def main(
     output: str = "",
     beam_size: int = 1,
     length_penalty: float = 0.6,
+    no_repeat_ngram: int = 0,
     weights: Weights = (),
     average: int = 1,
     bleu_tokenizer: Literal["13a", "none", "intl", "char", "zh"] = "13a",
@@ -83,6 +84,7 @@ def main(
         output: text file for the translations, one per line
         beam_size: hypotheses kept at each step; 1: greedy search
         length_penalty: exponent of the length normalization; 0 favors short translations, higher values longer ones
+        no_repeat_ngram: no sequence of this many tokens occurs twice in a translation; 0: repetitions are allowed
         weights: best (on the validation set, the default), latest, or an epoch number; repeated: an ensemble of epochs
         average: number of checkpoints whose weights are averaged, the best or the latest ones
         bleu_tokenizer: tokenizer of sacreBLEU; none for text that is already tokenized
@@ -92,11 +94,12 @@ def main(
     """
     if bool(source) != bool(reference):
         raise InputError("--source and --reference go together; give both, or neither to score the run's own split")
-    check_search(beam_size, length_penalty)
+    check_search(beam_size, length_penalty, no_repeat_ngram=no_repeat_ngram)
     if output and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise InputError(f"cannot write {output}; give the name of a file in an existing folder")
     check_outputs([output], [source, reference])
     translator = load_translators(run_dir, device, weights, average, precision)
+    translator.no_repeat_ngram = no_repeat_ngram
     if source:
         check_aligned([Path(source), Path(reference)])
         sources, references = list(read_text_file(source)), list(read_text_file(reference))
@@ -123,6 +126,7 @@ def main(
         "average": average,
         "beam_size": beam_size,
         "length_penalty": length_penalty,
+        "no_repeat_ngram": no_repeat_ngram,
         "precision": translator.precision,
         "seconds": round(seconds, 3),
     }

@@ -48,8 +48,11 @@ class EnsembleDecoder:
 # ---------------------------------------------------------------------------- greedy search
 
 
-def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
-    """Ids of the most probable token at each step until [EOS] or the length limit (B,), without [SOS] and [EOS]."""
+def greedy_decode(decoder: StepDecoder, max_lengths: Tensor, no_repeat_ngram: int = 0) -> list[list[int]]:
+    """Ids of the most probable token at each step until [EOS] or the length limit (B,), without [SOS] and [EOS].
+
+    With `no_repeat_ngram` above 0, no n-gram of that many tokens occurs twice in a translation.
+    """
     device, limits = max_lengths.device, max_lengths.tolist()
     T = max(limits)
     tokens = torch.full((len(max_lengths), T), EOS, device=device)
@@ -57,7 +60,10 @@ def greedy_decode(decoder: StepDecoder, max_lengths: Tensor) -> list[list[int]]:
     ids = torch.full_like(active, SOS)  # (B,)
     is_done = torch.zeros_like(active, dtype=torch.bool)  # (B,)
     for t in range(T):
-        ids = fast_top(decoder.step(ids), 1)[1].squeeze(1)  # (B, V) -> (B,)
+        logits = decoder.step(ids)  # (B, V)
+        if no_repeat_ngram:
+            logits = exclude_repeats(logits, tokens[active, :t], no_repeat_ngram)
+        ids = fast_top(logits, 1)[1].squeeze(1)  # (B,)
         tokens[active, t] = ids
         is_done |= (ids == EOS) | (max_lengths[active] <= t + 1)
         if (t + 1) % CHECK_EVERY == 0 and (rows := remaining_rows(is_done)) is not None:
@@ -77,6 +83,20 @@ def remaining_rows(is_done: Tensor) -> Tensor | None:
 def until_eos(ids: list[int]) -> list[int]:
     """The ids before the first [EOS]."""
     return ids[: ids.index(EOS)] if EOS in ids else ids
+
+
+def exclude_repeats(scores: Tensor, tokens: Tensor, n: int) -> Tensor:
+    """The scores of the next token (B, V), -inf where it would repeat an n-gram of the t tokens so far (B, t).
+
+    [EOS] is never excluded. (Paulus et al., 2018, section 2.5, for n = 3)
+    """
+    if tokens.size(1) < n:
+        return scores
+    ngrams = tokens.unfold(1, n, 1)  # (B, t - n + 1, n)
+    last = tokens[:, tokens.size(1) - n + 1 :]  # (B, n - 1), which the next token extends to an n-gram
+    repeated = (ngrams[..., :-1] == last.unsqueeze(1)).all(-1) & (ngrams[..., -1] != EOS)  # (B, t - n + 1)
+    rows, positions = repeated.nonzero(as_tuple=True)
+    return scores.index_put((rows, ngrams[rows, positions, -1]), scores.new_tensor(-math.inf))
 
 
 # ---------------------------------------------------------------------------- beam search
@@ -177,6 +197,7 @@ def beam_search(
     beam_size: int,
     length_penalty: float = 0.6,
     n_best: int = 1,
+    no_repeat_ngram: int = 0,
     watch: Callable[[BeamStep], None] | None = None,
 ) -> list[list[Hypothesis]]:
     """The `n_best` hypotheses of each sentence, best first, at most `max_lengths` (B,) tokens long.
@@ -185,7 +206,9 @@ def beam_search(
     reach the limit are finished; the W most probable without [EOS] continue. A sentence is done when no unfinished
     hypothesis can enter its n best: log-probabilities only fall as a hypothesis grows, so its score cannot exceed its
     current log-probability divided by the normalizer of the maximum length. With W = 1 the search stops at the first
-    [EOS], as greedy search does. `watch` is called after each step, with the sentences still in the batch.
+    [EOS], as greedy search does. With `no_repeat_ngram` above 0, no n-gram of that many tokens occurs twice in a
+    hypothesis; log-probabilities remain those of the model. `watch` is called after each step, with the sentences still
+    in the batch.
     """
     W, T = beam_size, int(max_lengths.max())
     state = BeamState.start(max_lengths, W, T)
@@ -193,6 +216,8 @@ def beam_search(
     for t in range(T):
         # Extend every hypothesis by its 2 W most probable tokens. Of the 2 W best extensions, at most W end with [EOS].
         log_p = decoder.step(state.ids.flatten()).float().log_softmax(-1)  # (B W, V)
+        if no_repeat_ngram:
+            log_p = exclude_repeats(log_p, state.tokens[:, :, :t].flatten(0, 1), no_repeat_ngram)
         log_p, ids = fast_top(log_p, min(2 * W, log_p.size(-1)))  # (B W, 2 W), or (B W, V) if that is less
         extended = (state.log_p.unsqueeze(-1) + log_p.unflatten(0, (-1, W))).flatten(1)  # (B, W * 2 W)
         log_p, best = extended.topk(2 * W)  # (B, 2 W), best first

@@ -116,7 +116,10 @@ class UncachedDecoder:
 
 
 class Translator:
-    """A trained run, ready to translate: `Translator.load("weights/toy.en-it").translate(["I sleep."])`."""
+    """A trained run, ready to translate: `Translator.load("weights/toy.en-it").translate(["I sleep."])`.
+
+    With `no_repeat_ngram` above 0, no n-gram of that many tokens occurs twice in a translation.
+    """
 
     def __init__(
         self, model: Transformer, config: Config, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer, weights: str = ""
@@ -124,7 +127,7 @@ class Translator:
         self.model, self.config, self.weights = model, config, weights  # weights: name of their file
         self.folder = RunFolder.of(config)
         self.tokenizer_src, self.tokenizer_tgt = tokenizer_src, tokenizer_tgt
-        self.precision = "fp32"
+        self.precision, self.no_repeat_ngram = "fp32", 0
 
     @property
     def device(self) -> torch.device:
@@ -284,7 +287,7 @@ class Translator:
         if beam_size > 1:
             found = self.beam_search(sources, beam_size, length_penalty, use_cache=use_cache)
             return [hypotheses[0].ids for hypotheses in found]
-        return greedy_decode(*self.decoder_and_limits(sources, use_cache))
+        return greedy_decode(*self.decoder_and_limits(sources, use_cache), self.no_repeat_ngram)
 
     @torch.inference_mode()
     def beam_search(
@@ -296,18 +299,20 @@ class Translator:
         use_cache: bool = True,
     ) -> list[list[Hypothesis]]:
         """The `n_best` hypotheses of each sentence of a batch of source ids, best first."""
-        return beam_search(*self.decoder_and_limits(sources, use_cache), beam_size, length_penalty, n_best)
+        decoder, limits = self.decoder_and_limits(sources, use_cache)
+        return beam_search(decoder, limits, beam_size, length_penalty, n_best, self.no_repeat_ngram)
 
     def decoder_and_limits(self, sources: list[list[int]], use_cache: bool) -> tuple[StepDecoder, Tensor]:
-        """A decoder for a batch of source ids, and the maximum length of each translation (B,).
-
-        It is twice the source length plus ten tokens, but at most `seq_len`.
-        """
+        """A decoder for a batch of source ids, and the maximum length of each translation (B,)."""
         longest = max(map(len, sources))
         source = torch.tensor([ids + [PAD] * (longest - len(ids)) for ids in sources], device=self.device)  # (B, S)
-        limits = [min(2 * len(ids) + 10, self.config.seq_len) for ids in sources]
+        limits = [self.length_limit(len(ids)) for ids in sources]
         decoder = CachedDecoder(self.model, source, max(limits)) if use_cache else UncachedDecoder(self.model, source)
         return decoder, torch.tensor(limits, device=self.device)
+
+    def length_limit(self, source_length: int) -> int:
+        """Maximum length of a translation: twice the source length plus ten tokens, but at most `seq_len`."""
+        return min(2 * source_length + 10, self.config.seq_len)
 
 
 class Ensemble(Translator):
@@ -570,7 +575,7 @@ def blank_long(translator: Translator, lines: list[str], start: int = 0) -> list
     return readable
 
 
-def check_search(beam_size: int, length_penalty: float, n_best: int = 1) -> None:
+def check_search(beam_size: int, length_penalty: float, n_best: int = 1, no_repeat_ngram: int = 0) -> None:
     """Raises InputError for invalid search settings."""
     if beam_size < 1:
         raise InputError(f"--beam-size is {beam_size}; give 1 for greedy search, or more")
@@ -578,6 +583,8 @@ def check_search(beam_size: int, length_penalty: float, n_best: int = 1) -> None
         raise InputError(f"--length-penalty is {length_penalty}; give 0 to {MAX_LENGTH_PENALTY}")
     if not 1 <= n_best <= beam_size:
         raise InputError(f"--n-best is {n_best}; give 1 to --beam-size ({beam_size})")
+    if no_repeat_ngram < 0:
+        raise InputError(f"--no-repeat-ngram is {no_repeat_ngram}; give 0 to allow repetitions, or more")
 
 
 def main(
@@ -586,6 +593,7 @@ def main(
     run_dir: Runs = (),
     beam_size: int = 1,
     length_penalty: float = 0.6,
+    no_repeat_ngram: int = 0,
     n_best: int = 0,
     alignments: bool = False,
     weights: Weights = (),
@@ -601,6 +609,7 @@ def main(
             which averages their probabilities
         beam_size: hypotheses kept at each step; 1: greedy search
         length_penalty: exponent of the length normalization; 0 favors short translations, higher values longer ones
+        no_repeat_ngram: no sequence of this many tokens occurs twice in a translation; 0: repetitions are allowed
         n_best: number of hypotheses printed per sentence, with score and log-probability; 0: the translation only
         alignments: print word alignments instead of translations, in Pharaoh format: 0-1 means that the first source
             word is translated by the second target word; punctuation marks are words
@@ -609,10 +618,11 @@ def main(
         device: auto, cuda, mps or cpu
         precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)
     """
-    check_search(beam_size, length_penalty, n_best or 1)
+    check_search(beam_size, length_penalty, n_best or 1, no_repeat_ngram)
     if alignments and n_best:
         raise InputError(f"--alignments is for the best translation only; omit --n-best {n_best}")
     translator = load_translators(run_dir, device, weights, average, precision)
+    translator.no_repeat_ngram = no_repeat_ngram
     if alignments and isinstance(translator, Ensemble):
         raise InputError("--alignments needs the attention of one run; give one --run-dir")
     if sentence is not None:

@@ -41,10 +41,14 @@ class Weights(NamedTuple):
 class Search(NamedTuple):
     beam_size: int
     length_penalty: float
+    no_repeat_ngram: int = 0  # 0: repetitions are allowed
 
 
 WEIGHTS = [Weights("best", 1), Weights("latest", 1), Weights("latest", 5), Weights("latest", 10)]
-SEARCHES = [Search(1, 0.6), *(Search(5, length_penalty) for length_penalty in (0.0, 0.6, 1.0, 1.4, 1.8, 2.4))]
+SEARCHES = [
+    Search(1, 0.6),
+    *(Search(5, length_penalty, n) for n in (0, 5) for length_penalty in (0.0, 0.6, 1.0, 1.4, 1.8, 2.4)),
+]
 DEFAULT_SEARCH = Search(5, 0.6)  # for comparing weights
 
 
@@ -96,6 +100,7 @@ def translate_split(
     """Translations of a split by a run or an ensemble of runs, its references, and the time in seconds."""
     members = [Translator.load(run, weights=weights.which, average=weights.average) for run in runs]
     translator = members[0] if len(members) == 1 else Ensemble(members)
+    translator.no_repeat_ngram = search.no_repeat_ngram
     pairs = load_split(translator.config, split)
     start = time.perf_counter()
     predicted = translator.translate(list(pairs["src"]), search.beam_size, search.length_penalty)
@@ -116,8 +121,9 @@ def validation_bleu(runs: list[Path], tokenizer: str, weights: Weights, search: 
 
 def select(runs: list[Path], tokenizer: str) -> tuple[Weights, Search]:
     """The weights with the highest mean BLEU on the validation set, then the search; prints all candidates."""
-    print("\n| weights | checkpoints averaged | beam size | length penalty | validation BLEU | sentences/s |")
-    print("|---|---|---|---|---|---|")
+    names = ["weights", "checkpoints averaged", "beam size", "length penalty", "no-repeat n-gram", "validation BLEU"]
+    print("\n| " + " | ".join([*names, "sentences/s"]) + " |")
+    print("|" + "---|" * 7)
     checkpoints = min(len(RunFolder(run).checkpoints()) for run in runs)
     averaged = [weights for weights in WEIGHTS if weights.average <= checkpoints]  # fewer after a short fine-tuning
     weights = max(averaged, key=lambda candidate: validation_bleu(runs, tokenizer, candidate, DEFAULT_SEARCH))
@@ -150,7 +156,8 @@ def main(argv: list[str]) -> None:
     weights, search = select(runs, tokenizer)
     print(
         f"\nselected: {weights.which} weights, checkpoints averaged {weights.average}, "
-        f"beam size {search.beam_size}, length penalty {search.length_penalty}\n"
+        f"beam size {search.beam_size}, length penalty {search.length_penalty}, "
+        f"no-repeat n-gram {search.no_repeat_ngram}\n"
     )
     bleus = [evaluate_test([run], weights, search, tokenizer) for run in runs]
     if len(runs) > 1:

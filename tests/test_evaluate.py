@@ -104,6 +104,7 @@ def test_a_sentence_longer_than_seq_len_counts_as_a_blank_translation(trained_ru
         ({"source": "b.it", "reference": "blank"}, "all references of blank are blank"),
         ({"beam_size": 0}, "--beam-size is 0"),
         ({"length_penalty": -1.0}, "--length-penalty is -1"),
+        ({"no_repeat_ngram": -1}, "--no-repeat-ngram is -1; give 0 to allow repetitions"),
         ({"weights": "7"}, r"no weights '7' in .*one of tmodel_00\.pt"),
         ({"average": 2}, "1 of the checkpoints .* --average needs 2"),
         ({"average": 0}, "--average is 0; give 1 or more"),

@@ -114,6 +114,48 @@ def test_an_ensemble_searches_with_the_mean_of_the_probabilities_of_its_members(
     assert greedy_decode(EnsembleDecoder(members), limits) == greedy_decode(mean, limits)
 
 
+def ngrams(ids: list[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+
+
+def repeats(ids: list[int], n: int) -> bool:
+    """Whether an n-gram occurs twice."""
+    return len(set(ngrams(ids, n))) < len(ngrams(ids, n))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_large_beam_without_repeated_ngrams_finds_the_best_of_the_other_hypotheses(seed, n):
+    """Log-probabilities are those of the model: excluding a token makes the others no more probable."""
+    decoder = MarkovDecoder(5, seed)
+    hypotheses = all_hypotheses(decoder, 5, 1.0)
+    expected = [h for h in hypotheses if not repeats(h.ids, n)]
+    assert len(expected) < len(hypotheses)
+    (found,) = beam_search(decoder, torch.tensor([5]), len(expected), 1.0, n_best=10, no_repeat_ngram=n)
+    assert [h.ids for h in found] == [h.ids for h in expected[:10]]
+    for a, b in zip(found, expected, strict=False):
+        assert a.log_probability == pytest.approx(b.log_probability, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_greedy_search_without_repeated_ngrams_takes_the_most_probable_other_token(seed, n):
+    decoder = MarkovDecoder(6, seed)
+    decoder.log_p[:, 5, 5] += 10  # a token that repeats itself
+    expected: list[int] = []
+    while len(expected) < 30:
+        log_p = decoder.log_p[len(expected), expected[-1] if expected else SOS]
+        token = next(i for i in log_p.argsort(descending=True).tolist() if i == EOS or not repeats([*expected, i], n))
+        if token == EOS:
+            break
+        expected.append(token)
+    limits = torch.tensor([30, 2, 9])
+    found = greedy_decode(decoder, limits, no_repeat_ngram=n)
+    assert found == [expected[:limit] for limit in limits]
+    decoder.steps = 0
+    assert [h.ids for (h,) in beam_search(decoder, limits, 1, no_repeat_ngram=n)] == found
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_stopping_early_does_not_change_the_result_of_beam_search(seed, monkeypatch):
     """Compared with a search to the length limit, whose bound is never reached."""

@@ -19,6 +19,7 @@ from translate import (
     CachedDecoder,
     Translator,
     load_translators,
+    main,
     n_best_lines,
     repeat_run_dir,
     translate,
@@ -215,6 +216,21 @@ def test_the_command_line_translates_arguments_and_lines_and_reports_errors(trai
     missing = run_script("--run-dir", "nowhere", "She sleeps.", cwd=tmp_path)
     assert (missing.returncode, missing.stderr.count(b"\n")) == (2, 1)
     assert b"nowhere" in missing.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("members", [1, 2])
+def test_no_token_is_repeated_with_an_ngram_size_of_one(trained_run, translator, members, beam_size, capsys):
+    sentence = "A horse hears my white horse."
+    assert has_repeated_word(translator.translate([sentence], beam_size)[0])
+    main(sentence, run_dir=(str(trained_run),) * members, beam_size=beam_size, no_repeat_ngram=1, device="cpu")
+    assert not has_repeated_word(capsys.readouterr().out)
+
+
+def has_repeated_word(text: str) -> bool:
+    words = text.split()
+    return len(set(words)) < len(words)
 
 
 @pytest.mark.slow
