@@ -146,7 +146,7 @@ PRESETS: dict[str, dict] = {
         "warmup_steps": 0.1163,  # 100 of 860
     },
     # Transformer-Tiny of Zhiyong Wu et al., 2021, "Good for Misconceived Reasons", section 4, but pre-norm and with smaller
-    # batches, a cosine schedule and an EMA, so that two hours on two CPU cores are enough.
+    # batches, a cosine schedule and an EMA, so that one to three hours on two CPU cores are enough.
     "multi30k": {
         "datasource": "bentrevett/multi30k",
         "validation_source": "bentrevett/multi30k:validation",

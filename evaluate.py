@@ -5,7 +5,7 @@ python evaluate.py --source test.en --reference test.it
 """
 
 # config comes first: it makes Ctrl-C quiet during the imports below
-from config import InputError, parse, run_command
+from config import InputError, counted, parse, run_command
 
 # isort: split
 import json
@@ -134,8 +134,11 @@ def main(
     if as_json:
         print(json.dumps({**details, **scores, "signature": bleu_signature, "chrf_signature": chrf_signature}))
     else:
-        line = "{run}, {weights}, {of}, {sentences:,} sentences, beam {beam_size}, {precision}, {seconds:.1f} s"
-        print(line.format(**details))
+        search = f"beam {beam_size}"
+        search += f", length penalty {length_penalty}" if beam_size > 1 else ""
+        search += f", no-repeat n-gram {no_repeat_ngram}" if no_repeat_ngram else ""
+        translated = f"{translator.folder}, {translator.weights}, {name}, {counted(len(sources), 'sentence')}"
+        print(f"{translated}, {search}, {translator.precision}, {seconds:.1f} s")
         print(format_scores(scores))
         print(f"BLEU signature {bleu_signature}")
         print(f"chrF signature {chrf_signature}")

@@ -86,18 +86,18 @@ def until_eos(ids: list[int]) -> list[int]:
 
 
 def exclude_repeats(scores: Tensor, tokens: Tensor, n: int) -> Tensor:
-    """The scores of the next token (B, V), -inf where it would repeat an n-gram of the t tokens so far (B, t).
+    """The scores of the next token (N, V), -inf where it would repeat an n-gram of the t tokens so far (N, t).
 
-    [EOS] is not among the tokens of an unfinished hypothesis, so it is never excluded. (Paulus et al., 2018,
-    section 2.5, for n = 3)
+    N is B or B W. [EOS] is not among the tokens of an unfinished hypothesis, so it is never excluded. (Paulus et al.,
+    2018, section 2.5, for n = 3)
     """
     if tokens.size(1) < n:
         return scores
-    ngrams = tokens.unfold(1, n, 1)  # (B, t - n + 1, n)
-    last = tokens[:, tokens.size(1) - n + 1 :]  # (B, n - 1), which the next token extends to an n-gram
-    repeated = (ngrams[..., :-1] == last.unsqueeze(1)).all(-1)  # (B, t - n + 1)
-    rows, positions = repeated.nonzero(as_tuple=True)
-    return scores.index_put((rows, ngrams[rows, positions, -1]), scores.new_tensor(-math.inf))
+    ngrams = tokens.unfold(1, n, 1)  # (N, t - n + 1, n)
+    last = tokens[:, tokens.size(1) - n + 1 :]  # (N, n - 1), which the next token extends to an n-gram
+    repeated = (ngrams[..., :-1] == last.unsqueeze(1)).all(-1)  # (N, t - n + 1)
+    penalty = torch.zeros_like(repeated, dtype=scores.dtype).masked_fill(repeated, -math.inf)
+    return scores.scatter_add(1, ngrams[..., -1], penalty)
 
 
 # ---------------------------------------------------------------------------- beam search

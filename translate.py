@@ -118,7 +118,8 @@ class UncachedDecoder:
 class Translator:
     """A trained run, ready to translate: `Translator.load("weights/toy.en-it").translate(["I sleep."])`.
 
-    With `no_repeat_ngram` above 0, no n-gram of that many tokens occurs twice in a translation.
+    The attribute `no_repeat_ngram` applies to every search of the object: above 0, no sequence of that many tokens
+    occurs twice in a translation.
     """
 
     def __init__(
@@ -584,7 +585,7 @@ def check_search(beam_size: int, length_penalty: float, n_best: int = 1, no_repe
     if not 1 <= n_best <= beam_size:
         raise InputError(f"--n-best is {n_best}; give 1 to --beam-size ({beam_size})")
     if no_repeat_ngram < 0:
-        raise InputError(f"--no-repeat-ngram is {no_repeat_ngram}; give 0 to allow repetitions, or more")
+        raise InputError(f"--no-repeat-ngram is {no_repeat_ngram}; give 0 to allow repetitions, or a length in tokens")
 
 
 def main(

@@ -124,8 +124,8 @@ def select(runs: list[Path], tokenizer: str) -> tuple[Weights, Search]:
     names = ["weights", "checkpoints averaged", "beam size", "length penalty", "no-repeat n-gram", "validation BLEU"]
     print("\n| " + " | ".join([*names, "sentences/s"]) + " |")
     print("|" + "---|" * 7)
-    checkpoints = min(len(RunFolder(run).checkpoints()) for run in runs)
-    averaged = [weights for weights in WEIGHTS if weights.average <= checkpoints]  # fewer after a short fine-tuning
+    epochs = min(len(RunFolder(run).epoch_checkpoints()) for run in runs)
+    averaged = [weights for weights in WEIGHTS if weights.average <= max(1, epochs)]  # short runs have few
     weights = max(averaged, key=lambda candidate: validation_bleu(runs, tokenizer, candidate, DEFAULT_SEARCH))
     return weights, max(SEARCHES, key=lambda candidate: validation_bleu(runs, tokenizer, weights, candidate))
 

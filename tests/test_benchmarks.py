@@ -237,7 +237,7 @@ def test_multi30k_scores_each_seed_and_their_ensemble(tmp_path, capsys):
     for part, lines in (("train", sentences), ("val", sentences[:4]), ("test_2016_flickr", sentences[4:8])):
         for lang in ("en", "de"):
             (tmp_path / f"{part}.lc.norm.tok.{lang}").write_text("\n".join(lines) + "\n", encoding="utf8")
-    small = "--num-epochs 10 --vocab-size 100 --d-model 16 --d-ff 16 --encoder-layers 1 --decoder-layers 1 --seq-len 16"
+    small = "--num-epochs 5 --vocab-size 100 --d-model 16 --d-ff 16 --encoder-layers 1 --decoder-layers 1 --seq-len 16"
     seeds = ["--seeds", "1", "2", "--at-once", "2", "--runs", str(tmp_path / "runs")]
     multi30k.main(["--data", str(tmp_path), *seeds, "--", *small.split(), "--validation-sentences", "0"])
     printed = capsys.readouterr().out
@@ -246,3 +246,5 @@ def test_multi30k_scores_each_seed_and_their_ensemble(tmp_path, capsys):
     mean = (float(scores["multi30k.tok.1"]) + float(scores["multi30k.tok.2"])) / 2
     assert float(re.search(r"^BLEU ([\d.]+) ±", printed, re.MULTILINE)[1]) == pytest.approx(mean, abs=0.011)
     assert "selected: " in printed
+    assert "| latest | 5 |" in printed
+    assert "| latest | 10 |" not in printed  # a run of five epochs has no ten to average

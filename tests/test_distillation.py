@@ -93,6 +93,15 @@ def test_repetitive_translations_are_skipped(student, monkeypatch, capsys):
     assert f"skipped in training: {chunks} pairs with a blank side" in printed
 
 
+def test_a_repetition_of_the_source_may_be_translated(student, monkeypatch):
+    monkeypatch.setattr(Translator, "translate", lambda self, sentences, *_, **__: ["no no no"] * len(sentences))
+    monkeypatch.setattr(distillation, "is_repetitive", lambda text: text == "no no no" or text.startswith("I "))
+    monkeypatch.setattr("train.run_validation", lambda *_: {"loss": 1.0})
+    train_model(student)
+    assert any(line["it"] for line in lines(student))
+    assert all((line["it"] == "no no no") == line["en"].startswith("I ") for line in lines(student))
+
+
 def test_translating_resumes_after_a_kill(student, monkeypatch):
     train_model(student)
     whole = file_of(student).read_bytes()

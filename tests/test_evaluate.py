@@ -63,6 +63,16 @@ def test_the_scores_of_a_split_are_printed(trained_run, capsys):
 
 
 @pytest.mark.slow
+def test_the_search_settings_are_applied_and_printed(trained_run, tmp_path, capsys):
+    (tmp_path / "a.en").write_text("A horse hears my white horse.\n")
+    (tmp_path / "a.it").write_text("Un cavallo sente il mio cavallo bianco.\n")
+    files = {"source": str(tmp_path / "a.en"), "reference": str(tmp_path / "a.it"), "output": str(tmp_path / "out")}
+    main(run_dir=(str(trained_run),), beam_size=2, no_repeat_ngram=1, **files)
+    assert (tmp_path / "out").read_text(encoding="utf8").count("cavallo") == 1
+    assert "1 sentence, beam 2, length penalty 0.6, no-repeat n-gram 1, " in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_translations_are_saved_one_per_line(trained_run, tmp_path, capsys):
     (tmp_path / "a.en").write_text("She sleeps.\n\nI can eat an apple.\n")
     (tmp_path / "a.it").write_text("Dorme.\n\nPosso mangiare una mela.\n")

@@ -26,12 +26,12 @@ def translator(trained_run) -> Translator:
     return Translator.load(trained_run, "cpu")
 
 
-def translate_with_ctranslate2(folder, sentences: list[str], beam_size: int) -> list[str]:
+def translate_with_ctranslate2(folder, sentences: list[str], beam_size: int, **options) -> list[str]:
     """As docs/export.md shows, without a length penalty, whose formula differs in CTranslate2."""
     engine = ctranslate2.Translator(str(folder))
     source, target = (load_tokenizer(folder / f"tokenizer_{lang}.json") for lang in ("en", "it"))
     tokens = [source.encode(sentence).tokens for sentence in sentences]
-    results = engine.translate_batch(tokens, beam_size=beam_size, length_penalty=0)
+    results = engine.translate_batch(tokens, beam_size=beam_size, length_penalty=0, **options)
     return [target.decode([target.token_to_id(token) for token in result.hypotheses[0]]) for result in results]
 
 
@@ -41,6 +41,17 @@ def test_ctranslate2_gives_the_same_translations(trained_run, translator, tmp_pa
     sentences = list(load_split(translator.config, "test")["src"])[:60]
     ours = translator.translate(sentences, beam_size, 0.0)
     assert translate_with_ctranslate2(tmp_path / "fast", sentences, beam_size) == ours
+
+
+def test_ctranslate2_excludes_the_same_ngrams_in_greedy_search(trained_run, tmp_path):
+    translator = Translator.load(trained_run, "cpu")
+    to_ctranslate2(translator, tmp_path / "fast")
+    sentences = ["A horse hears my white horse.", "Now your boy finds my famous boy."]
+    repeated = translator.translate(sentences)
+    translator.no_repeat_ngram = 1
+    ours = translator.translate(sentences)
+    assert all(a != b for a, b in zip(ours, repeated, strict=True))
+    assert translate_with_ctranslate2(tmp_path / "fast", sentences, 1, no_repeat_ngram_size=1) == ours
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])

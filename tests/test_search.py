@@ -216,12 +216,16 @@ def test_hypotheses_have_the_log_probabilities_of_the_model(tiny_model):
 
 
 @torch.inference_mode()
-def test_searching_a_batch_equals_searching_each_sentence_separately(tiny_model):
+@pytest.mark.parametrize("n", [0, 2])
+def test_searching_a_batch_equals_searching_each_sentence_separately(tiny_model, n):
     torch.manual_seed(1)
     source, limits = torch.randint(4, 50, (20, 8)), 1 + torch.arange(20) * 13 % 30  # limits from 1 to 30
-    together = beam_search(CachedDecoder(tiny_model, source, 30), limits, 3, n_best=2)
-    greedy = greedy_decode(CachedDecoder(tiny_model, source, 30), limits)
-    for n in range(20):
-        (alone,) = beam_search(CachedDecoder(tiny_model, source[n : n + 1], 30), limits[n : n + 1], 3, n_best=2)
-        assert [h.ids for h in alone] == [h.ids for h in together[n]]
-        assert greedy_decode(CachedDecoder(tiny_model, source[n : n + 1], 30), limits[n : n + 1]) == [greedy[n]]
+    together = beam_search(CachedDecoder(tiny_model, source, 30), limits, 3, n_best=2, no_repeat_ngram=n)
+    greedy = greedy_decode(CachedDecoder(tiny_model, source, 30), limits, n)
+    if n:
+        assert not any(repeats(ids, n) for ids in [*greedy, *(h.ids for found in together for h in found)])
+    for i in range(20):
+        one, limit = source[i : i + 1], limits[i : i + 1]
+        (alone,) = beam_search(CachedDecoder(tiny_model, one, 30), limit, 3, n_best=2, no_repeat_ngram=n)
+        assert [h.ids for h in alone] == [h.ids for h in together[i]]
+        assert greedy_decode(CachedDecoder(tiny_model, one, 30), limit, n) == [greedy[i]]

@@ -130,8 +130,8 @@ def damaged(path: Path, number: int) -> InputError:
 def translate_rest(pairs: Dataset, done: int, teacher: Translator, identity: str, path: Path) -> None:
     """Appends the translations of the pairs from `done` on.
 
-    Blank are those of sentences too long for the teacher, and those that repeat themselves: a student would learn to
-    repeat, too. Training skips these pairs.
+    Blank lines replace translations of sentences too long for the teacher, and translations that repeat themselves
+    where the source does not, because the student would learn to do so. Training skips these pairs.
     """
     if done == len(pairs):
         return
@@ -147,12 +147,11 @@ def translate_rest(pairs: Dataset, done: int, teacher: Translator, identity: str
             readable = [source if teacher.fits(source) else "" for source in sources]
             long += sum(source.strip() != "" and not text for source, text in zip(sources, readable, strict=True))
             found = teacher.translate(readable, BEAM_SIZE, LENGTH_PENALTY)
-            targets = ["" if is_repetitive(target) else target for target in found]
-            repetitive += sum(map(is_repetitive, found))
-            lines = (
-                {config.lang_src: source, config.lang_tgt: target, "teacher": identity}
-                for source, target in zip(sources, targets, strict=True)
-            )
+            lines = []
+            for source, target in zip(sources, found, strict=True):
+                if is_repetitive(target) and not is_repetitive(source):
+                    repetitive, target = repetitive + 1, ""
+                lines.append({config.lang_src: source, config.lang_tgt: target, "teacher": identity})
             append(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             bar.update(len(sources))
             if not shows_bars() and time.monotonic() - reported > REPORT_EVERY:
@@ -160,14 +159,14 @@ def translate_rest(pairs: Dataset, done: int, teacher: Translator, identity: str
                 print_line(f"distilling   {start + len(sources):,} of {len(pairs):,} pairs")
     if long:
         print_line(
-            f"             {counted(long, 'sentence')} exceed the {config.seq_len} tokens of the teacher: skipped"
+            f"             {counted(long, 'sentence')} longer than the {config.seq_len} tokens of the teacher: skipped"
         )
     if repetitive:
         print_line(f"             {counted(repetitive, 'repetitive translation')}: skipped")
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether a word or a pair of words occurs three times in a row, as in translations that never end."""
+    """Whether a word or a pair of words occurs three times in a row, as in a translation stuck in a loop."""
     words = text.split()
     return any(
         words[i : i + n] == words[i + n : i + 2 * n] == words[i + 2 * n : i + 3 * n]
