@@ -25,7 +25,7 @@ NOTEBOOKS = sorted(path.name for path in ROOT.glob("*.ipynb"))
 RESTORED, RESUMED = "restored from", "resuming"
 
 DRIVE_MODULE = """
-import atexit, json
+import json
 from pathlib import Path
 
 from simulated_drive import SimulatedDrive
@@ -33,8 +33,9 @@ from simulated_drive import SimulatedDrive
 def mount(folder):
     Path(folder, "MyDrive").mkdir(parents=True, exist_ok=True)
     drive = SimulatedDrive(Path(folder), delay=0.002).mount()
-    atexit.register(lambda: Path(folder + ".json").write_text(json.dumps([drive.trash, drive.written])))
+    mount.report = lambda: Path(folder + ".json").write_text(json.dumps([drive.trash, drive.written]))
 """
+REPORT = "from google.colab import drive; drive.mount.report()"
 
 
 def cells_of(name: str) -> list[nbformat.NotebookNode]:
@@ -86,7 +87,9 @@ def machine(tmp_path, monkeypatch, repository, tiny_config):
             cell.source = cell.source.replace("**form)", f"**form, **{tiny!r})")
             for field, value in form.items():
                 cell.source = re.sub(rf"^{field} = .*", f"{field} = {value!r}", cell.source, flags=re.MULTILINE)
+        notebook.cells.append(nbformat.v4.new_code_cell(REPORT))
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path / name)}}).execute()
+        del notebook.cells[-1]
         return "\n".join(map(str, (cell.get("outputs") for cell in notebook.cells))), notebook
 
     return run
