@@ -94,12 +94,11 @@ def main(
     """
     if bool(source) != bool(reference):
         raise InputError("--source and --reference go together; give both, or neither to score the run's own split")
-    check_search(beam_size, length_penalty, no_repeat_ngram=no_repeat_ngram)
+    check_search(beam_size, length_penalty, no_repeat_ngram)
     if output and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise InputError(f"cannot write {output}; give the name of a file in an existing folder")
     check_outputs([output], [source, reference])
     translator = load_translators(run_dir, device, weights, average, precision)
-    translator.no_repeat_ngram = no_repeat_ngram
     if source:
         check_aligned([Path(source), Path(reference)])
         sources, references = list(read_text_file(source)), list(read_text_file(reference))
@@ -112,7 +111,8 @@ def main(
     if not any(map(str.strip, references)):
         raise InputError(f"all references of {reference or name} are blank; give a file or split with translations")
     start = time.perf_counter()
-    predicted = translator.translate(blank_long(translator, sources), beam_size, length_penalty, show_progress=True)
+    readable = blank_long(translator, sources)
+    predicted = translator.translate(readable, beam_size, length_penalty, no_repeat_ngram, show_progress=True)
     seconds = time.perf_counter() - start
     if output:
         with output_file(output) as file:

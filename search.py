@@ -197,8 +197,8 @@ def beam_search(
     max_lengths: Tensor,
     beam_size: int,
     length_penalty: float = 0.6,
-    n_best: int = 1,
     no_repeat_ngram: int = 0,
+    n_best: int = 1,
     watch: Callable[[BeamStep], None] | None = None,
 ) -> list[list[Hypothesis]]:
     """The `n_best` hypotheses of each sentence, best first, at most `max_lengths` (B,) tokens long.

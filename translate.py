@@ -116,11 +116,7 @@ class UncachedDecoder:
 
 
 class Translator:
-    """A trained run, ready to translate: `Translator.load("weights/toy.en-it").translate(["I sleep."])`.
-
-    The attribute `no_repeat_ngram` applies to every search of the object: above 0, no sequence of that many tokens
-    occurs twice in a translation.
-    """
+    """A trained run, ready to translate: `Translator.load("weights/toy.en-it").translate(["I sleep."])`."""
 
     def __init__(
         self, model: Transformer, config: Config, tokenizer_src: Tokenizer, tokenizer_tgt: Tokenizer, weights: str = ""
@@ -128,7 +124,7 @@ class Translator:
         self.model, self.config, self.weights = model, config, weights  # weights: name of their file
         self.folder = RunFolder.of(config)
         self.tokenizer_src, self.tokenizer_tgt = tokenizer_src, tokenizer_tgt
-        self.precision, self.no_repeat_ngram = "fp32", 0
+        self.precision = "fp32"
 
     @property
     def device(self) -> torch.device:
@@ -217,16 +213,20 @@ class Translator:
         sentences: list[str],
         beam_size: int = 1,
         length_penalty: float = 0.6,
+        no_repeat_ngram: int = 0,
         batch_tokens: int = 0,
         show_progress: bool = False,
         use_cache: bool = True,
     ) -> list[str]:
         """Translations in the order of the sentences; blank sentences stay blank. A beam size of 1 is greedy search.
 
-        A batch holds up to batch_tokens / beam_size source tokens; 0 chooses a size that suits the model. Raises
-        InputError for sentences beyond `seq_len`.
+        With `no_repeat_ngram` above 0, no sequence of that many tokens occurs twice in a translation. A batch holds up
+        to batch_tokens / beam_size source tokens; 0 chooses a size that suits the model.
+
+        Raises InputError for sentences beyond `seq_len`.
         """
-        found = self.translate_ids(sentences, beam_size, length_penalty, batch_tokens, show_progress, use_cache)
+        search = (beam_size, length_penalty, no_repeat_ngram)
+        found = self.translate_ids(sentences, *search, batch_tokens, show_progress, use_cache)
         return [self.tokenizer_tgt.decode(ids) for ids in found]
 
     def translate_ids(
@@ -234,6 +234,7 @@ class Translator:
         sentences: list[str],
         beam_size: int = 1,
         length_penalty: float = 0.6,
+        no_repeat_ngram: int = 0,
         batch_tokens: int = 0,
         show_progress: bool = False,
         use_cache: bool = True,
@@ -242,7 +243,7 @@ class Translator:
         translations: list[list[int]] = [[] for _ in sentences]
         for positions, sources in self.batches(sentences, beam_size, batch_tokens, show_progress):
             with within_memory(sources):
-                targets = self.search(sources, beam_size, length_penalty, use_cache)
+                targets = self.search(sources, beam_size, length_penalty, no_repeat_ngram, use_cache)
             for i, ids in zip(positions, targets, strict=True):
                 translations[i] = ids
         return translations
@@ -252,6 +253,7 @@ class Translator:
         sentences: list[str],
         beam_size: int,
         length_penalty: float = 0.6,
+        no_repeat_ngram: int = 0,
         n_best: int = 1,
         batch_tokens: int = 0,
     ) -> list[list[Hypothesis]]:
@@ -259,7 +261,7 @@ class Translator:
         results: list[list[Hypothesis]] = [[] for _ in sentences]
         for positions, sources in self.batches(sentences, beam_size, batch_tokens):
             with within_memory(sources):
-                found = self.beam_search(sources, beam_size, length_penalty, n_best)
+                found = self.beam_search(sources, beam_size, length_penalty, no_repeat_ngram, n_best)
             for i, hypotheses in zip(positions, found, strict=True):
                 results[i] = hypotheses
         return results
@@ -282,13 +284,18 @@ class Translator:
 
     @torch.inference_mode()
     def search(
-        self, sources: list[list[int]], beam_size: int = 1, length_penalty: float = 0.6, use_cache: bool = True
+        self,
+        sources: list[list[int]],
+        beam_size: int = 1,
+        length_penalty: float = 0.6,
+        no_repeat_ngram: int = 0,
+        use_cache: bool = True,
     ) -> list[list[int]]:
         """Target ids for a batch of source ids, by greedy (beam size 1) or beam search; without [SOS] and [EOS]."""
         if beam_size > 1:
-            found = self.beam_search(sources, beam_size, length_penalty, use_cache=use_cache)
+            found = self.beam_search(sources, beam_size, length_penalty, no_repeat_ngram, use_cache=use_cache)
             return [hypotheses[0].ids for hypotheses in found]
-        return greedy_decode(*self.decoder_and_limits(sources, use_cache), self.no_repeat_ngram)
+        return greedy_decode(*self.decoder_and_limits(sources, use_cache), no_repeat_ngram)
 
     @torch.inference_mode()
     def beam_search(
@@ -296,12 +303,13 @@ class Translator:
         sources: list[list[int]],
         beam_size: int,
         length_penalty: float = 0.6,
+        no_repeat_ngram: int = 0,
         n_best: int = 1,
         use_cache: bool = True,
     ) -> list[list[Hypothesis]]:
         """The `n_best` hypotheses of each sentence of a batch of source ids, best first."""
         decoder, limits = self.decoder_and_limits(sources, use_cache)
-        return beam_search(decoder, limits, beam_size, length_penalty, n_best, self.no_repeat_ngram)
+        return beam_search(decoder, limits, beam_size, length_penalty, no_repeat_ngram, n_best)
 
     def decoder_and_limits(self, sources: list[list[int]], use_cache: bool) -> tuple[StepDecoder, Tensor]:
         """A decoder for a batch of source ids, and the maximum length of each translation (B,)."""
@@ -513,13 +521,14 @@ def chosen_aligner(translator: Translator, sentences: int = 200) -> Aligner:
     return aligner
 
 
-def alignment_lines(
-    translator: Translator, lines: Iterable[str], chunk: int, beam_size: int = 1, length_penalty: float = 0.6
-) -> Iterator[str]:
-    """The word alignment of each line with its translation, in Pharaoh format; blank for a blank line."""
+def alignment_lines(translator: Translator, lines: Iterable[str], chunk: int, **search: float) -> Iterator[str]:
+    """The word alignment of each line with its translation, in Pharaoh format; blank for a blank line.
+
+    `search` are arguments of `Translator.translate_ids`.
+    """
     aligner = chosen_aligner(translator)
     for _, readable in readable_chunks(translator, lines, chunk):
-        for sentence, ids in zip(readable, translator.translate_ids(readable, beam_size, length_penalty), strict=True):
+        for sentence, ids in zip(readable, translator.translate_ids(readable, **search), strict=True):
             yield pharaoh(aligner.links(word_attention(translator, sentence, ids)[2])) if ids else ""
 
 
@@ -531,20 +540,22 @@ def translate(sentence: str, run_dir: str = "") -> str:
     return Translator.load(run_dir).translate([sentence])[0]
 
 
-def translate_lines(
-    translator: Translator, lines: Iterable[str], chunk: int, beam_size: int = 1, length_penalty: float = 0.6
-) -> Iterator[str]:
-    """Translations of the lines, in order, `chunk` lines at a time; lines that exceed `seq_len` become blank."""
+def translate_lines(translator: Translator, lines: Iterable[str], chunk: int, **search: float) -> Iterator[str]:
+    """Translations of the lines, in order, `chunk` lines at a time; lines that exceed `seq_len` become blank.
+
+    `search` are arguments of `Translator.translate`.
+    """
     for _, readable in readable_chunks(translator, lines, chunk):
-        yield from map(one_line, translator.translate(readable, beam_size, length_penalty))
+        yield from map(one_line, translator.translate(readable, **search))
 
 
-def n_best_lines(
-    translator: Translator, lines: Iterable[str], chunk: int, beam_size: int, length_penalty: float, n_best: int
-) -> Iterator[str]:
-    """The `n_best` translations of each line: line number, score, log-probability and text, separated by tabs."""
+def n_best_lines(translator: Translator, lines: Iterable[str], chunk: int, **search: float) -> Iterator[str]:
+    """The best translations of each line: line number, score, log-probability and text, separated by tabs.
+
+    `search` are arguments of `Translator.hypotheses`.
+    """
     for start, readable in readable_chunks(translator, lines, chunk):
-        found = translator.hypotheses(readable, beam_size, length_penalty, n_best)
+        found = translator.hypotheses(readable, **search)
         for number, hypotheses in enumerate(found, start=start + 1):
             for h in hypotheses:
                 text = one_line(translator.tokenizer_tgt.decode(h.ids))
@@ -576,7 +587,7 @@ def blank_long(translator: Translator, lines: list[str], start: int = 0) -> list
     return readable
 
 
-def check_search(beam_size: int, length_penalty: float, n_best: int = 1, no_repeat_ngram: int = 0) -> None:
+def check_search(beam_size: int, length_penalty: float, no_repeat_ngram: int = 0, n_best: int = 1) -> None:
     """Raises InputError for invalid search settings."""
     if beam_size < 1:
         raise InputError(f"--beam-size is {beam_size}; give 1 for greedy search, or more")
@@ -619,11 +630,10 @@ def main(
         device: auto, cuda, mps or cpu
         precision: fp32, bf16 or fp16 (linear layers), or auto: as in training (see docs/training.md)
     """
-    check_search(beam_size, length_penalty, n_best or 1, no_repeat_ngram)
+    check_search(beam_size, length_penalty, no_repeat_ngram, n_best or 1)
     if alignments and n_best:
         raise InputError(f"--alignments is for the best translation only; omit --n-best {n_best}")
     translator = load_translators(run_dir, device, weights, average, precision)
-    translator.no_repeat_ngram = no_repeat_ngram
     if alignments and isinstance(translator, Ensemble):
         raise InputError("--alignments needs the attention of one run; give one --run-dir")
     if sentence is not None:
@@ -636,12 +646,13 @@ def main(
         if is_interactive:
             print("Type a sentence and press Enter; Ctrl-D quits.", file=sys.stderr)
         lines, chunk = read_lines(sys.stdin.buffer, "stdin"), 1 if is_interactive else 512
+    search = {"beam_size": beam_size, "length_penalty": length_penalty, "no_repeat_ngram": no_repeat_ngram}
     if n_best:
-        output = n_best_lines(translator, lines, chunk, beam_size, length_penalty, n_best)
+        output = n_best_lines(translator, lines, chunk, n_best=n_best, **search)
     elif alignments:
-        output = alignment_lines(translator, lines, chunk, beam_size, length_penalty)
+        output = alignment_lines(translator, lines, chunk, **search)
     else:
-        output = translate_lines(translator, lines, chunk, beam_size, length_penalty)
+        output = translate_lines(translator, lines, chunk, **search)
     for line in output:
         print(line, flush=True)
 

@@ -100,10 +100,9 @@ def translate_split(
     """Translations of a split by a run or an ensemble of runs, its references, and the time in seconds."""
     members = [Translator.load(run, weights=weights.which, average=weights.average) for run in runs]
     translator = members[0] if len(members) == 1 else Ensemble(members)
-    translator.no_repeat_ngram = search.no_repeat_ngram
     pairs = load_split(translator.config, split)
     start = time.perf_counter()
-    predicted = translator.translate(list(pairs["src"]), search.beam_size, search.length_penalty)
+    predicted = translator.translate(list(pairs["src"]), *search)
     return predicted, list(pairs["tgt"]), time.perf_counter() - start
 
 

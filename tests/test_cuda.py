@@ -103,11 +103,10 @@ def gpu_translator(small_config) -> tuple[SimulatedCuda, Translator]:
 @pytest.mark.parametrize("no_repeat_ngram", [0, 2])
 def test_a_search_waits_once_every_few_steps(gpu_translator, beam_size, no_repeat_ngram, monkeypatch):
     gpu, translator = gpu_translator
-    translator.no_repeat_ngram = no_repeat_ngram
     step, steps = CachedDecoder.step, count()
     monkeypatch.setattr(CachedDecoder, "step", lambda *arguments: (next(steps), step(*arguments))[1])
     gpu.waits.clear()
-    translator.translate(["I can eat an apple."] * 12, beam_size)
+    translator.translate(["I can eat an apple."] * 12, beam_size, no_repeat_ngram=no_repeat_ngram)
     made = next(steps)
     assert made > CHECK_EVERY
     assert len(gpu.waits) <= made / CHECK_EVERY + PER_SEARCH

@@ -48,8 +48,7 @@ def test_ctranslate2_excludes_the_same_ngrams_in_greedy_search(trained_run, tmp_
     to_ctranslate2(translator, tmp_path / "fast")
     sentences = ["A horse hears my white horse.", "Now your boy finds my famous boy."]
     repeated = translator.translate(sentences)
-    translator.no_repeat_ngram = 1
-    ours = translator.translate(sentences)
+    ours = translator.translate(sentences, no_repeat_ngram=1)
     assert all(a != b for a, b in zip(ours, repeated, strict=True))
     assert translate_with_ctranslate2(tmp_path / "fast", sentences, 1, no_repeat_ngram_size=1) == ours
 
