@@ -50,6 +50,9 @@ SEARCHES = [
     *(Search(5, length_penalty, n) for n in (0, 5) for length_penalty in (0.0, 0.6, 1.0, 1.4, 1.8, 2.4)),
 ]
 DEFAULT_SEARCH = Search(5, 0.6)  # for comparing weights
+# Searches within this validation BLEU of the best are equal, and the first one is selected, with the lowest length
+# penalty: higher ones gain BLEU by longer translations, and a few sentences then run on up to the length limit.
+TIE = 0.2
 
 
 def corpus_flags(data: str, form: str) -> list[str]:
@@ -119,14 +122,18 @@ def validation_bleu(runs: list[Path], tokenizer: str, weights: Weights, search: 
 
 
 def select(runs: list[Path], tokenizer: str) -> tuple[Weights, Search]:
-    """The weights with the highest mean BLEU on the validation set, then the search; prints all candidates."""
+    """The weights with the highest mean BLEU on the validation set, then the first search within TIE of the best one.
+
+    Prints all candidates.
+    """
     names = ["weights", "checkpoints averaged", "beam size", "length penalty", "no-repeat n-gram", "validation BLEU"]
     print("\n| " + " | ".join([*names, "sentences/s"]) + " |")
     print("|" + "---|" * 7)
     epochs = min(len(RunFolder(run).epoch_checkpoints()) for run in runs)
     averaged = [weights for weights in WEIGHTS if weights.average <= max(1, epochs)]  # short runs have few
     weights = max(averaged, key=lambda candidate: validation_bleu(runs, tokenizer, candidate, DEFAULT_SEARCH))
-    return weights, max(SEARCHES, key=lambda candidate: validation_bleu(runs, tokenizer, weights, candidate))
+    bleus = [validation_bleu(runs, tokenizer, weights, candidate) for candidate in SEARCHES]
+    return weights, next(search for search, bleu in zip(SEARCHES, bleus, strict=True) if bleu >= max(bleus) - TIE)
 
 
 def evaluate_test(runs: list[Path], weights: Weights, search: Search, tokenizer: str) -> float:

@@ -248,3 +248,10 @@ def test_multi30k_scores_each_seed_and_their_ensemble(tmp_path, capsys):
     assert "selected: " in printed
     assert "| latest | 5 |" in printed
     assert "| latest | 10 |" not in printed  # a run of five epochs has no ten to average
+
+
+def test_multi30k_selects_the_lowest_length_penalty_among_equal_searches(tmp_path, monkeypatch):
+    """Higher ones gain little and let some translations run on."""
+    bleus = {0.0: 41.0, 0.6: 42.79, 1.0: 42.81, 1.4: 42.9, 1.8: 43.0, 2.4: 36.0}
+    monkeypatch.setattr(multi30k, "validation_bleu", lambda runs, tokenizer, weights, search: bleus[search[1]])
+    assert multi30k.select([tmp_path], "none")[1] == multi30k.Search(5, 1.0, 0)
