@@ -50,7 +50,7 @@ SEARCHES = [
     *(Search(5, length_penalty, n) for n in (0, 5) for length_penalty in (0.0, 0.6, 1.0, 1.4, 1.8, 2.4)),
 ]
 DEFAULT_SEARCH = Search(5, 0.6)  # for comparing weights
-# Searches within this validation BLEU of the best are equal, and the first one is selected, with the lowest length
+# Searches within this validation BLEU of the best count as equal. The first one is selected, with the lowest length
 # penalty: higher ones gain BLEU by longer translations, and a few sentences then run on up to the length limit.
 TIE = 0.2
 
