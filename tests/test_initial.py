@@ -164,6 +164,24 @@ def test_contradictions_are_one_clear_error_and_change_nothing(base, tuned):
     assert files == {path: path.read_bytes() for path in run_path(base).rglob("*") if path.is_file()}
 
 
+def test_with_a_shared_vocabulary_the_other_run_may_have_the_opposite_direction(base, tuned, tmp_path):
+    opposite = {"lang_src": "it", "lang_tgt": "en"}
+    separate = replace(tuned, **opposite)
+    with pytest.raises(InputError, match="do not fit: lang_src 'en' there, 'it' here; lang_tgt 'it' there, 'en' here"):
+        train_model(separate)
+    shared = replace(base, run_dir=str(tmp_path / "shared"), shared_vocab=True, share_embeddings="all", max_steps=2)
+    train_model(shared)
+    both = replace(tuned, **opposite, shared_vocab=True, share_embeddings="all", init_from=shared.run_dir, max_steps=2)
+    start = load_initial_run(both)
+    assert is_identical(dict(start.model.state_dict()), dict(Translator.load(shared.run_dir, "cpu").model.state_dict()))
+    train_model(both)
+    tokenizers = {
+        RunFolder.of(c).tokenizer_file(lang).read_text("utf8") for c in (shared, both) for lang in ("en", "it")
+    }
+    assert len(tokenizers) == 1
+    assert Translator.load(both.run_dir, "cpu").config.lang_src == "it"
+
+
 def test_unknown_words_are_reported_and_many_give_a_warning(tuned, tmp_path, capsys, monkeypatch):
     source = write_pairs(tmp_path / "new.tsv", toy_pairs("en", "it", "train")[400:600], NEW_WORDS)
     other = replace(tuned, datasource=source, max_steps=1)

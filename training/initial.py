@@ -23,19 +23,26 @@ def load_initial_run(config: Config) -> Translator | None:
     """The run that the config starts from, with the weights that `init_weights` selects; the EMA if it has one.
 
     None if the config names no run. Raises InputError if that run is missing, damaged or this one, or differs in one of
-    INHERITED_FIELDS.
+    INHERITED_FIELDS. With a shared vocabulary, that run may translate in the opposite direction.
     """
     if not config.init_from:
         return None
     initial = Translator.load(config.init_from, "cpu", config.init_weights)
     if initial.folder.path.resolve() == RunFolder.of(config).path.resolve():
         raise InputError(f"the new run would be in {config.init_from}, the run to start from; give another --run-dir")
-    if changed := changed_settings(asdict(initial.config), config, INHERITED_FIELDS, "here"):
+    settings = asdict(initial.config)
+    if config.shared_vocab and languages(initial.config) == languages(config)[::-1]:
+        settings |= {"lang_src": config.lang_src, "lang_tgt": config.lang_tgt}
+    if changed := changed_settings(settings, config, INHERITED_FIELDS, "here"):
         raise InputError(
             f"the weights of {config.init_from} do not fit: {changed}; "
             "omit these settings, or train without --init-from"
         )
     return initial
+
+
+def languages(config: Config) -> tuple[str, str]:
+    return config.lang_src, config.lang_tgt
 
 
 def start_from(initial: Translator, state: TrainingState, train: BilingualDataset) -> None:

@@ -8,7 +8,7 @@ from config import FIXED_FIELDS, Config, InputError, changed_settings
 from dataset import Batches, BilingualDataset
 from runs.checkpoint import DamagedCheckpoint, require_parts
 from runs.folder import RunFolder
-from training.initial import load_initial_run
+from training.initial import languages, load_initial_run
 from training.state import TrainingState
 from training.streaming import StreamedPairs
 from translate import Translator, check_tokenizers
@@ -58,10 +58,6 @@ def batches_per_step(config: Config, resume_point: ResumePoint) -> int:
     if type(batches) is not int or batches < 1:
         raise InputError(f"{resume_point.path} has {batches!r} batches per step; resume from another with --preload")
     return batches
-
-
-def languages(config: Config) -> tuple[str, str]:
-    return config.lang_src, config.lang_tgt
 
 
 def load_epoch(folder: RunFolder, epoch: int) -> tuple[Path, dict]:
