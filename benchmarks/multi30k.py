@@ -131,9 +131,13 @@ def select(runs: list[Path], tokenizer: str) -> tuple[Weights, Search]:
     print("|" + "---|" * 7)
     epochs = min(len(RunFolder(run).epoch_checkpoints()) for run in runs)
     averaged = [weights for weights in WEIGHTS if weights.average <= max(1, epochs)]  # short runs have few
-    weights = max(averaged, key=lambda candidate: validation_bleu(runs, tokenizer, candidate, DEFAULT_SEARCH))
-    bleus = [validation_bleu(runs, tokenizer, weights, candidate) for candidate in SEARCHES]
-    return weights, next(search for search, bleu in zip(SEARCHES, bleus, strict=True) if bleu >= max(bleus) - TIE)
+    by_default = {candidate: validation_bleu(runs, tokenizer, candidate, DEFAULT_SEARCH) for candidate in averaged}
+    weights = max(averaged, key=by_default.get)
+    bleus = {
+        search: by_default[weights] if search == DEFAULT_SEARCH else validation_bleu(runs, tokenizer, weights, search)
+        for search in SEARCHES
+    }
+    return weights, next(search for search in SEARCHES if bleus[search] >= max(bleus.values()) - TIE)
 
 
 def evaluate_test(runs: list[Path], weights: Weights, search: Search, tokenizer: str) -> float:
