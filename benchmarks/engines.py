@@ -55,6 +55,7 @@ class Exported:
             length_penalty=0,
             max_batch_size=BATCH_TOKENS // beam_size,
             batch_type="tokens",
+            min_decoding_length=0,  # as in this project; the default forbids empty translations
             max_decoding_length=self.limit,
         )
         return [result.hypotheses[0] for result in results]
